@@ -1,0 +1,54 @@
+"""The one exception that a door turns into a sentence.
+
+Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: what is wrong, where, and what to do about it.
+
+    Args:
+        what: the fact, without a final stop ("no such folder").
+        where: the option, file or image at fault ("--output_dir /data/out"); put before a colon.
+        remedy: what to do ("create it, or name another folder"); put after a semicolon.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        sentence = f"{where}: {what}" if where else what
+        super().__init__(f"{sentence}; {remedy}" if remedy else sentence)
+
+
+class UserErrors(UserError):
+    """Several mistakes found in one pass, one sentence each, on lines of their own."""
+
+    def __init__(self, problems: Iterable[UserError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def raise_all(problems: list[UserError]) -> None:
+    """Raise what was collected: nothing for none, the error itself for one, all at once for several."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UserErrors(problems)
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: its near neighbours, and else all known names.
+
+    >>> near_names("adamw8", ["AdamW", "AdamW8bit", "Lion"])
+    'did you mean AdamW8bit or AdamW?'
+    """
+    import difflib
+
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(by_lower[match] for match in near)}?"
+    return f"known are {', '.join(sorted(by_lower.values(), key=str.lower))}"
