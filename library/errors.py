@@ -43,7 +43,7 @@ def near_names(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: its near neighbours, and else all known names.
 
     >>> near_names("adamw8", ["AdamW", "AdamW8bit", "Lion"])
-    'did you mean AdamW8bit or AdamW?'
+    'did you mean AdamW or AdamW8bit?'
     """
     import difflib
 

@@ -1,0 +1,28 @@
+"""What every script does around its own work: sentences instead of tracebacks, and the exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from library.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_door(name: str, work: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a script's work on its command line.
+
+    A `UserError` becomes its sentences on stderr and exit status 2; Ctrl-C becomes one line and 130. Everything else is a
+    defect of ours and keeps its traceback.
+    """
+    try:
+        return work(list(sys.argv[1:] if argv is None else argv)) or 0
+    except UserError as error:
+        for sentence in str(error).splitlines():
+            print(f"{name}: {sentence}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
