@@ -130,8 +130,8 @@ def all_options(groups: Sequence[OptionGroup]) -> dict[str, Option]:
 
 
 def build_parser(groups: Sequence[OptionGroup], *, description: str) -> argparse.ArgumentParser:
-    """The argparse parser of a door. Defaults are left out of its result, so that what was given can be told from the rest."""
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS)
+    """The argparse parser of a door. It leaves defaults out of its result, so that what was given can be told from them."""
+    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for group in groups:
         section = parser.add_argument_group(group.title)
         for option in group.options:
@@ -220,18 +220,15 @@ def _convert_into(values: dict[str, Any], option: Option, raw: Any, where: str, 
 
 def read_config_file(path: Path, options: Mapping[str, Option], problems: list[UserError]) -> dict[str, Any]:
     """The options of a TOML file; section names only group, as in sd-scripts. Mistakes are added to `problems`."""
-    import toml
+    from library.toml_files import read_toml
 
     if not path.suffix:
         path = path.with_suffix(".toml")
     where = f"--config_file {path}"
-    if not path.is_file():
-        problems.append(UserError("no such file", where=where))
-        return {}
     try:
-        content = toml.loads(path.read_text(encoding="utf-8"))
-    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
-        problems.append(UserError(f"is not valid TOML ({error})", where=where))
+        content = read_toml(path, where=where)
+    except UserError as error:
+        problems.append(error)
         return {}
     values: dict[str, Any] = {}
     for key, raw in _flattened(content, where, problems):
