@@ -109,31 +109,36 @@ class Environment:
         for name in names:
             command += ["-r", name]
         print("Installing (the first time this takes some minutes and some gigabytes of disc):", flush=True)
-        status = run(command, env=self.variables(), show=is_news_of_pip)
+        status = run(command, env=self.variables(), show=news_of_pip)
         if status:
             raise SetupError("the installation failed (see above); mend the cause and run this again", status)
 
 
-def is_news_of_pip(line: str) -> bool:
-    """Whether a line of pip's is worth showing: the large files it fetches and what it did in the end."""
+def news_of_pip(line: str) -> str:
+    """What of a line of pip's is worth showing: the large files it fetches, and that it is busy; empty for the rest."""
     words = line.split()
-    return bool(words) and words[0] in {"Downloading", "Building", "Installing", "Successfully"} and ".metadata" not in line
+    if words[:1] == ["Downloading"] and words[-1] in {"MB)", "GB)"}:
+        return f"{words[1].rsplit('/', 1)[-1]} {words[-2]} {words[-1]}"
+    return "unpacking" if words[:2] == ["Installing", "collected"] else ""
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, show: Callable[[str], bool] | None = None) -> int:
+def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, show: Callable[[str], str] | None = None) -> int:
     """Print a command, run it in the repository's root, and return its exit status.
 
     Args:
-        show: which lines of its output are passed on; None passes all of it on untouched.
+        show: what to print for a line of its output (nothing where empty); None passes the output on untouched.
     """
     print(f"$ {subprocess.list2cmdline(command) if os.name == 'nt' else shlex.join(command)}", flush=True)
     stdout = None if show is None else subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, text=True, errors="replace") as process:
-        if show is not None and process.stdout is not None:
-            for line in process.stdout:
-                if show(line):
-                    print(f"  {line.strip()}", flush=True)
-        status = process.wait()
+        try:
+            for line in process.stdout or ():
+                if show is not None and (news := show(line)):
+                    print(f"  {news}", flush=True)
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # the terminal has told it, too; it may have files to finish
+            raise
     return status if status >= 0 else 128 - status  # killed by a signal: as a shell reports it
 
 
