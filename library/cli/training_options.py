@@ -14,9 +14,9 @@ OWN_OPTIONS = (
             Option(name="plan_only", type=FLAG, help="print the plan and stop before any model is loaded", extension=True),
             Option(
                 name="on_bad_image",
-                default="skip",
-                choices=("skip", "stop"),
-                help="what an unreadable image does: it is named and skipped, or it stops the run",
+                default="stop",
+                choices=("stop", "skip"),
+                help="what an unreadable image does: it stops the run, or it is named and skipped",
                 extension=True,
             ),
         ),

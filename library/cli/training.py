@@ -1,0 +1,373 @@
+"""From the options of train_network.py to `TrainingOptions`: the Namespace dies here.
+
+What can be judged from the command line alone is judged here, all at once; what needs files is judged by their rooms.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.cli.no_effect import options_without_effect
+from library.cli.options import ParsedOptions, parse
+from library.cli.training_options import TRAINING_OPTIONS
+from library.errors import UserError, UserErrors, raise_all
+from library.training.options import (
+    BaseModelOptions,
+    CaptionEncodingOptions,
+    ComputeOptions,
+    LengthOptions,
+    LoggingOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    PreviewOptions,
+    SavingOptions,
+    ScheduleOptions,
+    TrainingOptions,
+)
+
+DESCRIPTION = "Train a LoRA-type adapter for Stable Diffusion."
+REQUIRED = {
+    "pretrained_model_name_or_path": "a checkpoint file, a diffusers folder or a Hugging Face id",
+    "output_dir": "the folder for the trained file",
+    "network_module": "networks.lora for a LoRA",
+}
+AT_LEAST = {
+    1: (
+        *("network_dim", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size"),
+        *("vae_batch_size", "clip_skip", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"),
+        *("save_last_n_epochs", "save_last_n_steps", "sample_every_n_steps", "sample_every_n_epochs"),
+        *("dataset_repeats", "bucket_reso_steps", "lr_scheduler_num_cycles", "lr_scheduler_timescale"),
+    ),
+    0: (
+        *("network_alpha", "learning_rate", "unet_lr", "max_grad_norm", "max_data_loader_n_workers", "keep_tokens"),
+        *("prior_loss_weight", "lr_scheduler_min_lr_ratio", "caption_dropout_every_n_epochs", "seed"),
+    ),
+}
+SHARES = ("network_dropout", "caption_dropout_rate", "caption_tag_dropout_rate", "lr_scheduler_min_lr_ratio")
+
+
+def parse_training(argv: Sequence[str]) -> ParsedOptions:
+    """Parse the command line of train_network.py."""
+    return parse(argv, TRAINING_OPTIONS, description=DESCRIPTION)
+
+
+def training_options(parsed: ParsedOptions) -> TrainingOptions:
+    """The options of one run.
+
+    Raises:
+        UserError: every problem that the command line alone shows, at once.
+    """
+    problems = _missing(parsed) + _out_of_range(parsed) + _contradictions(parsed)
+    parts: dict[str, Any] = {}
+    for name, build in _BUILDERS.items():
+        try:
+            parts[name] = build(parsed)
+        except UserErrors as errors:
+            problems += errors.problems
+        except UserError as error:
+            problems.append(error)
+    raise_all(problems)
+    return TrainingOptions(
+        **parts,
+        zero_terminal_snr=parsed["zero_terminal_snr"],
+        notes=tuple(options_without_effect(parsed) + _advice(parsed)),
+        plan_only=parsed["plan_only"],
+        debug_dataset=parsed["debug_dataset"],
+    )
+
+
+def _missing(parsed: ParsedOptions) -> list[UserError]:
+    problems = [
+        UserError("is missing", where=f"--{name}", remedy=f"give {what}")
+        for name, what in REQUIRED.items()
+        if not parsed[name]
+    ]
+    if not any(parsed[name] for name in ("dataset_config", "train_data_dir", "in_json")):
+        problems.append(
+            UserError("no dataset is given", remedy="give --dataset_config FILE.toml or --train_data_dir FOLDER")
+        )
+    return problems
+
+
+def _out_of_range(parsed: ParsedOptions) -> list[UserError]:
+    problems = []
+    for least, names in AT_LEAST.items():
+        for name in names:
+            value = parsed[name]
+            if value is not None and not value >= least:
+                problems.append(UserError(f"is below {least}", where=parsed.where(name)))
+    for name in SHARES:
+        if parsed[name] is not None and not 0 <= parsed[name] <= 1:
+            problems.append(UserError("is not between 0 and 1", where=parsed.where(name)))
+    problems += [
+        UserError("is below 0", where=parsed.where("text_encoder_lr"))
+        for rate in parsed["text_encoder_lr"] or ()
+        if not rate >= 0
+    ]
+    return problems
+
+
+def _contradictions(parsed: ParsedOptions) -> list[UserError]:
+    problems = []
+
+    def refuse(wrong: Any, what: str, where: str, remedy: str) -> None:
+        if wrong:
+            problems.append(UserError(what, where=where, remedy=remedy))
+
+    caches = parsed["cache_latents"] or parsed["cache_latents_to_disk"]
+    for name in ("color_aug", "random_crop"):
+        refuse(caches and parsed[name], "cannot be used with cached latents", f"--{name}", "leave out --cache_latents or it")
+    refuse(
+        parsed["network_train_unet_only"] and parsed["network_train_text_encoder_only"],
+        "leaves nothing to train beside --network_train_text_encoder_only",
+        "--network_train_unet_only",
+        "give one of the two",
+    )
+    legacy = [name for name in ("use_8bit_adam", "use_lion_optimizer") if parsed[name]]
+    for name in legacy:
+        refuse(
+            parsed["optimizer_type"] or len(legacy) > 1, "contradicts the other optimizer", f"--{name}", "give one of them"
+        )
+    refuse(
+        parsed["log_with"] in ("wandb", "all"),
+        "is not available yet: trackers beside TensorBoard come later",
+        f"--log_with {parsed['log_with']}",
+        "use tensorboard",
+    )
+    refuse(
+        parsed["sample_prompts"] and not Path(parsed["sample_prompts"]).is_file(),
+        "no such file",
+        f"--sample_prompts {parsed['sample_prompts']}",
+        "name a .txt, .toml or .json file",
+    )
+    refuse(
+        parsed["network_weights"] and not Path(parsed["network_weights"]).is_file(),
+        "no such file",
+        f"--network_weights {parsed['network_weights']}",
+        "name an adapter file",
+    )
+    refuse(
+        parsed["output_config"] and not parsed["config_file"], "writes to --config_file", "--output_config", "name the file"
+    )
+    return problems
+
+
+def _advice(parsed: ParsedOptions) -> list[str]:
+    """What is likely not meant, though it can be done."""
+    notes = []
+    parts = [
+        (parsed["unet_lr"], not parsed["network_train_text_encoder_only"]),
+        (parsed["text_encoder_lr"], not parsed["network_train_unet_only"]),
+    ]
+    if not parsed.given("learning_rate") and any(rate is None and trains for rate, trains in parts):
+        notes.append("--learning_rate is left at 2e-6, which hardly trains a LoRA; 1e-4 is usual")
+    if parsed["zero_terminal_snr"] and not parsed["v_parameterization"]:
+        notes.append("--zero_terminal_snr suits v-prediction: a noise prediction cannot learn from a step of pure noise")
+    return notes
+
+
+def _base(parsed: ParsedOptions) -> BaseModelOptions:
+    return BaseModelOptions(
+        path=parsed["pretrained_model_name_or_path"] or "",
+        vae=parsed["vae"],
+        v2=parsed["v2"] if parsed.given("v2") else None,
+        v_parameterization=parsed["v_parameterization"] if parsed.given("v_parameterization") else None,
+    )
+
+
+def _captions(parsed: ParsedOptions) -> CaptionEncodingOptions:
+    return CaptionEncodingOptions(
+        clip_skip=parsed["clip_skip"],
+        max_token_length=parsed["max_token_length"] or 75,
+        weighted_captions=parsed["weighted_captions"],
+    )
+
+
+def _network(parsed: ParsedOptions) -> NetworkOptions:
+    return NetworkOptions(
+        module=parsed["network_module"] or "",
+        dim=parsed["network_dim"],
+        alpha=parsed["network_alpha"],
+        dropout=parsed["network_dropout"],
+        args=key_values(parsed["network_args"], "--network_args"),
+        weights=_path(parsed["network_weights"]),
+        dim_from_weights=parsed["dim_from_weights"],
+        train_unet=not parsed["network_train_text_encoder_only"],
+        train_text_encoder=not parsed["network_train_unet_only"],
+        scale_weight_norms=parsed["scale_weight_norms"],
+    )
+
+
+def _optimizer(parsed: ParsedOptions) -> OptimizerOptions:
+    from library.training.optimizers import optimizer_kind
+
+    legacy = "AdamW8bit" if parsed["use_8bit_adam"] else "Lion" if parsed["use_lion_optimizer"] else None
+    name, _ = optimizer_kind(legacy or parsed["optimizer_type"])
+    args = key_literals(parsed["optimizer_args"], "--optimizer_args")
+    rates_given = any(parsed.given(rate) for rate in ("learning_rate", "unet_lr", "text_encoder_lr"))
+    if name == "Adafactor" and rates_given:
+        args.setdefault("relative_step", False)  # a rate that was given is used
+    return OptimizerOptions(
+        type=legacy or parsed["optimizer_type"] or "AdamW",
+        args=args,
+        learning_rate=parsed["learning_rate"],
+        unet_lr=parsed["unet_lr"],
+        text_encoder_lr=parsed["text_encoder_lr"] or (),
+        max_grad_norm=parsed["max_grad_norm"],
+    )
+
+
+def _schedule(parsed: ParsedOptions) -> ScheduleOptions:
+    from library.training.lr_schedules import check_schedule
+
+    options = ScheduleOptions(
+        name=parsed["lr_scheduler"],
+        custom_type=parsed["lr_scheduler_type"] or None,
+        args=key_literals(parsed["lr_scheduler_args"], "--lr_scheduler_args"),
+        warmup=parsed["lr_warmup_steps"],
+        decay=parsed["lr_decay_steps"],
+        num_cycles=parsed["lr_scheduler_num_cycles"],
+        power=parsed["lr_scheduler_power"],
+        timescale=parsed["lr_scheduler_timescale"],
+        min_lr_ratio=parsed["lr_scheduler_min_lr_ratio"],
+    )
+    check_schedule(options)
+    return options
+
+
+def _length(parsed: ParsedOptions) -> LengthOptions:
+    return LengthOptions(
+        steps=parsed["max_train_steps"],
+        epochs=parsed["max_train_epochs"],
+        accumulation=parsed["gradient_accumulation_steps"],
+        seed=parsed["seed"],
+    )
+
+
+def _compute(parsed: ParsedOptions) -> ComputeOptions:
+    return ComputeOptions(
+        mixed_precision=parsed["mixed_precision"],
+        gradient_checkpointing=parsed["gradient_checkpointing"],
+        xformers=parsed["xformers"],
+        data_workers=parsed["max_data_loader_n_workers"],
+    )
+
+
+def _saving(parsed: ParsedOptions) -> SavingOptions:
+    fields = [name for name in parsed.values if name.startswith("metadata_")]
+    return SavingOptions(
+        output_dir=Path(parsed["output_dir"] or "."),
+        output_name=parsed["output_name"],
+        format=parsed["save_model_as"],
+        precision=parsed["save_precision"],
+        every_n_epochs=parsed["save_every_n_epochs"],
+        every_n_steps=parsed["save_every_n_steps"],
+        epoch_ratio=parsed["save_n_epoch_ratio"],
+        last_n_epochs=parsed["save_last_n_epochs"],
+        last_n_steps=parsed["save_last_n_steps"],
+        minimal_metadata=parsed["no_metadata"],
+        comment=parsed["training_comment"],
+        model_spec={name.removeprefix("metadata_"): parsed[name] for name in fields if parsed[name]},
+    )
+
+
+def _previews(parsed: ParsedOptions) -> PreviewOptions:
+    return PreviewOptions(
+        prompts=_path(parsed["sample_prompts"]),
+        every_n_steps=None if parsed["sample_every_n_epochs"] else parsed["sample_every_n_steps"],
+        every_n_epochs=parsed["sample_every_n_epochs"],
+        at_first=parsed["sample_at_first"],
+        sampler=parsed["sample_sampler"],
+    )
+
+
+def _logging(parsed: ParsedOptions) -> LoggingOptions:
+    return LoggingOptions(
+        folder=_path(parsed["logging_dir"]),
+        prefix=parsed["log_prefix"] or "",
+        tracker_name=parsed["log_tracker_name"] or "network_train",
+    )
+
+
+def _noise(parsed: ParsedOptions) -> Any:
+    from library.diffusion.noise import NoiseOptions
+
+    return NoiseOptions(**_fields(NoiseOptions, parsed))
+
+
+def _loss(parsed: ParsedOptions) -> Any:
+    from library.diffusion.losses import LossOptions
+
+    return LossOptions(**_fields(LossOptions, parsed))
+
+
+def _dataset(parsed: ParsedOptions) -> Any:
+    from library.dataset.options import DatasetOptions
+
+    values = _fields(DatasetOptions, parsed)
+    for name in ("dataset_config", "train_data_dir", "reg_data_dir", "in_json"):
+        values[name] = _path(values[name])
+    values["caption_extension"] = parsed["caption_extention"] or values["caption_extension"]
+    return DatasetOptions(**values)
+
+
+def _fields(options_class: Any, parsed: ParsedOptions) -> dict[str, Any]:
+    """The values of a dataclass whose fields are named like the options."""
+    return {name: parsed[name] for name in options_class.__dataclass_fields__}
+
+
+def _path(text: str | Path | None) -> Path | None:
+    return Path(text) if text else None
+
+
+_BUILDERS: Mapping[str, Callable[[ParsedOptions], Any]] = {
+    "base": _base,
+    "dataset": _dataset,
+    "captions": _captions,
+    "network": _network,
+    "optimizer": _optimizer,
+    "schedule": _schedule,
+    "noise": _noise,
+    "loss": _loss,
+    "length": _length,
+    "compute": _compute,
+    "saving": _saving,
+    "previews": _previews,
+    "logging": _logging,
+}
+
+
+def key_values(items: Sequence[str] | None, where: str) -> dict[str, str]:
+    """["conv_dim=4", "conv_alpha=1"] as a mapping.
+
+    Raises:
+        UserError: an item without "=", or a key given twice.
+    """
+    pairs: dict[str, str] = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{item!r} is not key=value", where=where)
+        if key.strip() in pairs:
+            raise UserError(f"{key.strip()!r} is given twice", where=where, remedy="keep one of them")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def key_literals(items: Sequence[str] | None, where: str) -> dict[str, Any]:
+    """The same with values as Python literals: 0.01, True, (0.9, 0.999), 'text'; nothing is evaluated.
+
+    Raises:
+        UserError: a value that is none.
+    """
+    values: dict[str, Any] = {}
+    for key, text in key_values(items, where).items():
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            remedy = f"write numbers as 0.01, switches as True, texts in quotes ({key}='{text}')"
+            raise UserError(f"{key}={text} is no Python literal", where=where, remedy=remedy) from None
+    return values

@@ -1,0 +1,115 @@
+"""The one trainable module: the adapter network, and everything frozen that turns a batch into a loss.
+
+Only the network is registered, so what accelerate prepares, synchronises and counts is the adapter and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.conditioning import clip_text
+from library.dataset.batches import Batch
+from library.diffusion.losses import LossOptions, sample_losses, target_of
+from library.diffusion.noise import NoiseOptions, noise_of, posterior_sample
+from library.diffusion.schedule import NoiseSchedule
+from library.training.options import CaptionEncodingOptions
+
+REMEMBERED_CONDITIONS = 2048  # captions; 77 x 768 in fp32 is 0.23 MiB each
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenParts:
+    """The base model as the loss needs it; none of it is trained."""
+
+    denoiser: nn.Module
+    text_encoders: Sequence[nn.Module]
+    tokenizers: Sequence[Any]
+    schedule: NoiseSchedule
+    prediction_type: str
+    latent_scale: float
+    dtype: torch.dtype
+
+
+class TrainableModule(nn.Module):
+    """From a batch to its loss, with gradients in the network only.
+
+    Args:
+        network: the adapter network, attached to the frozen parts.
+        text_encoders_train: whether any adapter sits in them; else what they give is remembered per caption.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parts: FrozenParts,
+        *,
+        captions: CaptionEncodingOptions,
+        noise: NoiseOptions,
+        loss: LossOptions,
+        text_encoders_train: bool,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._parts = (parts,)  # a tuple, so that torch does not register what is frozen
+        self._captions, self._noise, self._loss = captions, noise, loss
+        self._text_encoders_train = text_encoders_train
+        self._conditions: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def parts(self) -> FrozenParts:
+        return self._parts[0]
+
+    def forward(self, batch: Batch, latent_mean: Tensor, latent_std: Tensor, divisor: float) -> Tensor:
+        """The batch's share of the loss of its optimizer step.
+
+        Args:
+            batch: on the device.
+            latent_mean, latent_std: (B, C, h, w) fp32, the VAE's posterior in the VAE's units.
+            divisor: samples of the whole optimizer step over the number of processes, whose gradients are averaged.
+
+        Returns:
+            () fp32.
+        """
+        parts, draws = self.parts, batch.draws
+        latents = posterior_sample(latent_mean, latent_std, draws, parts.latent_scale)
+        target_noise, input_noise = noise_of(draws, latents, self._noise)
+        noisy = parts.schedule.add_noise(latents, input_noise, draws.timestep)
+        condition = self.encode(batch.captions)
+        prediction = parts.denoiser(noisy.to(parts.dtype), draws.timestep, condition.to(parts.dtype), return_dict=False)[0]
+        target = target_of(parts.prediction_type, parts.schedule, latents, target_noise, draws.timestep)  # type: ignore[arg-type]
+        losses = sample_losses(
+            self._loss,
+            parts.schedule,
+            prediction,
+            target,
+            draws.timestep,
+            batch.masks,
+            prediction_type=parts.prediction_type,  # type: ignore[arg-type]
+        )
+        return (losses * batch.loss_weights).sum() / divisor
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Conditions of captions, (B, n * 75 + 2, D)."""
+        if self._text_encoders_train:
+            return self._encode(captions)
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._conditions]
+        if missing:
+            with torch.no_grad():
+                self._conditions.update(zip(missing, self._encode(missing), strict=True))
+        conditions = torch.stack([self._conditions[caption] for caption in captions])
+        while len(self._conditions) > REMEMBERED_CONDITIONS:
+            self._conditions.popitem(last=False)
+        return conditions
+
+    def _encode(self, captions: Sequence[str]) -> Tensor:
+        options, (encoder,), (tokenizer,) = self._captions, self.parts.text_encoders, self.parts.tokenizers
+        tokens = clip_text.tokenize(
+            tokenizer, captions, max_length=options.max_token_length, weighted=options.weighted_captions
+        )
+        return clip_text.encode(encoder, tokens, clip_skip=options.clip_skip)

@@ -1,0 +1,167 @@
+"""Files of a run: their names, their retention, and the proof that what was written is what was meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.training.options import SavingOptions
+
+
+def epoch_file(options: SavingOptions, epoch: int) -> str:
+    """Name of the file saved after an epoch, counted from 1."""
+    return f"{options.output_name or 'epoch'}-{epoch:06d}.{options.format}"
+
+
+def step_file(options: SavingOptions, step: int) -> str:
+    """Name of the file saved after an optimizer step, counted from 1."""
+    return f"{options.output_name or 'at'}-step{step:08d}.{options.format}"
+
+
+def final_file(options: SavingOptions) -> str:
+    """Name of the file saved at the end."""
+    return f"{options.output_name or 'last'}.{options.format}"
+
+
+def epochs_between_saves(options: SavingOptions, total_epochs: int) -> int | None:
+    """Every how many epochs a file is saved; `epoch_ratio` asks for about that many files in all."""
+    if options.epoch_ratio:
+        return max(1, total_epochs // options.epoch_ratio)
+    return options.every_n_epochs
+
+
+def check_output_folder(options: SavingOptions, needed_bytes: int) -> None:
+    """Find out before training whether the result can be written.
+
+    Raises:
+        UserError: the folder cannot be made, is a file, or has no right or no room to write.
+    """
+    import shutil
+    import tempfile
+
+    folder = options.output_dir
+    where = f"--output_dir {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError("is a file, not a folder", where=where, remedy="name another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot be written to ({error.strerror})", where=where, remedy="name another folder") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        sizes = f"{free / 2**20:.0f} MiB are free and one file needs about {needed_bytes / 2**20:.0f} MiB"
+        raise UserError(f"has no room: {sizes}", where=where, remedy="make room or name another folder")
+    if re.search(r"[/\\]", options.output_name or ""):
+        raise UserError("is a path", where=f"--output_name {options.output_name}", remedy="put folders in --output_dir")
+
+
+@dataclass
+class RunFiles:
+    """Writes the files of one run.
+
+    Attributes:
+        network: a network module's network; its `save_weights` writes.
+        metadata_at: metadata of a file saved after (step, epochs), all strings.
+        dtype: number format of saved weights, a torch dtype; None keeps the network's.
+        total_epochs: epochs of the whole run.
+    """
+
+    options: SavingOptions
+    network: Any
+    metadata_at: Callable[[int, int], Mapping[str, str]]
+    dtype: Any
+    total_epochs: int
+    written: list[Path] = field(default_factory=list)
+
+    def save_epoch(self, epoch: int, step: int) -> Path | None:
+        """Save after an epoch if it is its turn, and remove the file that is too old; the last epoch has its own file."""
+        every = epochs_between_saves(self.options, self.total_epochs)
+        if not every or epoch % every or epoch >= self.total_epochs:
+            return None
+        path = self._save(epoch_file(self.options, epoch), step, epoch)
+        if self.options.last_n_epochs:
+            self._remove(epoch_file(self.options, epoch - every * self.options.last_n_epochs))
+        return path
+
+    def save_step(self, step: int, epochs: int, total_steps: int) -> Path | None:
+        """Save after an optimizer step if it is its turn, and remove the file that is too old."""
+        every = self.options.every_n_steps
+        if not every or step % every or step >= total_steps:
+            return None
+        path = self._save(step_file(self.options, step), step, epochs)
+        if self.options.last_n_steps:
+            oldest_kept = step - self.options.last_n_steps
+            self._remove(step_file(self.options, (oldest_kept - 1) // every * every))
+        return path
+
+    def save_interrupted(self, step: int, epochs: int) -> Path:
+        """Save what an interrupted run has reached, under the name of its step."""
+        return self._save(step_file(self.options, step), step, epochs)
+
+    def save_final(self, step: int, epochs: int) -> Path:
+        """Save the result."""
+        return self._save(final_file(self.options), step, epochs)
+
+    def _save(self, name: str, step: int, epochs: int) -> Path:
+        require_finite(self.network.state_dict(), name)
+        path = self.options.output_dir / name
+        metadata = None if self.options.format != "safetensors" else dict(self.metadata_at(step, epochs))
+        self.network.save_weights(str(path), self.dtype, metadata)
+        verify_saved(path, self.network.state_dict(), self.dtype)
+        self.written.append(path)
+        return path
+
+    def _remove(self, name: str) -> None:
+        path = self.options.output_dir / name
+        if path in self.written:
+            path.unlink(missing_ok=True)
+            self.written.remove(path)
+
+
+def require_finite(state: Mapping[str, Any], name: str) -> None:
+    """Refuse to save weights that are not numbers; what was saved before stays the last good file.
+
+    Raises:
+        UserError: naming the first tensor at fault.
+    """
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"is not written, since {key} holds values that are not finite",
+                where=name,
+                remedy="lower the learning rate, or use --mixed_precision bf16 or no; files saved before are good",
+            )
+
+
+def verify_saved(path: Path, state: Mapping[str, Any], dtype: Any) -> None:
+    """Re-open a written file and compare it with the network it came from, bit for bit.
+
+    Tensors are compared where file and network name them alike; a third-party module may name or shape its own differently,
+    and is then held to finite values only.
+
+    Raises:
+        UserError: the file is not what was meant; it stays for inspection.
+    """
+    from library.checkpoints.tensor_file import open_tensor_file
+
+    file = open_tensor_file(path)
+    keys = file.keys()
+    if not keys:
+        raise UserError("was written without a single tensor", where=str(path))
+    for key in keys:
+        saved = file.read(key)
+        meant = state.get(key)
+        same = (
+            meant is None
+            or meant.shape != saved.shape
+            or bool((saved == meant.detach().cpu().to(dtype or meant.dtype)).all())
+        )
+        if not same or (saved.is_floating_point() and not bool(saved.isfinite().all())):
+            remedy = "the disk or --save_precision may be at fault; save again elsewhere or in another precision"
+            raise UserError(f"differs from what was trained at {key}", where=str(path), remedy=remedy)
