@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,8 +21,9 @@ def run_door(name: str, work: Callable[[Sequence[str]], int | None], argv: Seque
     try:
         return work(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:
-        for sentence in str(error).splitlines():
-            print(f"{name}: {sentence}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the processes of one run share a screen
+            for sentence in str(error).splitlines():
+                print(f"{name}: {sentence}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
