@@ -1,0 +1,220 @@
+"""Which family a file or folder belongs to, from names and shapes alone.
+
+What is not a Stable Diffusion 1 or 2 base model is refused by its own name: a sentence that says "this is SDXL" or "this is a LoRA"
+saves the search that "keys missing" begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.families.family import ModelFamily
+from library.families.sd1 import SD1
+from library.families.sd2 import SD2
+
+FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_UNET = "model.diffusion_model."
+
+# What else a file may be, by a pattern that one of its keys matches; the first that matches names it.
+_OTHER_CHECKPOINTS: tuple[tuple[str, str], ...] = (
+    (r"^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.", "an SDXL checkpoint"),
+    (r"(^|\.)joint_blocks\.\d+\.", "an SD3 checkpoint"),
+    (r"(^|\.)double_blocks\.\d+\.", "a FLUX checkpoint"),
+    (r"(^|\.)transformer_blocks\.\d+\.norm1_context\.", "an SD3 or FLUX transformer in diffusers' layout"),
+    (r"^(first_stage_model\.)?(effnet|generator)\.|^down_blocks\.0\.0\.channelwise", "a Stable Cascade checkpoint"),
+    (r"^(lora_|lycoris_)\w+\.|\.lora_(down|up|A|B)\.|\.hada_w1_|\.lokr_w1", "an adapter (LoRA) file, not a base model"),
+    (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion embedding, not a base model"),
+    (r"^(control_model\.|controlnet_)", "a ControlNet, not a base model"),
+    (r"^layers\.\d+\.linear\.weight$|^\d+\.linear1\.0\.weight$", "a hypernetwork, not a base model"),
+    (r"^add_embedding\.linear_1\.", "an SDXL U-Net in diffusers' layout"),
+    (r"^down_blocks\.\d+\.(resnets|attentions)\.", "a U-Net in diffusers' layout without the other parts"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up)", "a VAE without the other parts"),
+    (r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.", "a text encoder without the other parts"),
+)
+
+# Input channels of the U-Net that are not an image model's.
+_OTHER_INPUTS = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model", 7: "an upscaler"}
+
+
+def _first_match(keys: Iterable[str], patterns: tuple[tuple[str, str], ...]) -> str | None:
+    keys = list(keys)
+    for pattern, name in patterns:
+        found = re.compile(pattern)
+        if any(found.search(key) for key in keys):
+            return name
+    return None
+
+
+def family_of_checkpoint(shapes: Shapes, *, where: str | None = None) -> ModelFamily:
+    """The family of a whole model in one file, in the original (LDM) layout.
+
+    Args:
+        shapes: key -> shape of every tensor.
+        where: how sentences name the file.
+
+    Raises:
+        UserError: naming what the file is instead, or which part it lacks.
+    """
+    remedy = f"give a {SD1.title} or {SD2.title} model"
+    other = _first_match(shapes, _OTHER_CHECKPOINTS[:5])
+    if other is None and not any(key.startswith(_UNET) for key in shapes):
+        other = (
+            _first_match(shapes, _OTHER_CHECKPOINTS)
+            or "not a Stable Diffusion model: it has no model.diffusion_model tensors"
+        )
+        other = "empty: it has no tensors" if not shapes else other
+    if other:
+        raise UserError(f"is {other}", where=where, remedy=remedy)
+    channels = shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 4))[1]
+    if channels != SD1.latent_channels:
+        kind = _OTHER_INPUTS.get(channels, f"a model with {channels} input channels")
+        raise UserError(f"is {kind}, whose U-Net takes {channels} channels instead of 4", where=where, remedy=remedy)
+    return _family_of_ldm_text_encoder(shapes, where)
+
+
+def _family_of_ldm_text_encoder(shapes: Shapes, where: str | None) -> ModelFamily:
+    if any(key.startswith("cond_stage_model.model.") for key in shapes):
+        return SD2
+    if any(key.startswith("cond_stage_model.transformer.") for key in shapes):
+        return SD1
+    width = _context_width(shapes, f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    found = next((family.title for family in FAMILIES if family.context_width == width), "Stable Diffusion")
+    raise UserError(
+        f"has the U-Net of a {found} model, but no text encoder (cond_stage_model)",
+        where=where,
+        remedy="give the whole checkpoint",
+    )
+
+
+def _context_width(shapes: Shapes, key: str) -> int | None:
+    return shapes[key][1] if key in shapes and len(shapes[key]) > 1 else None
+
+
+# A part's folder that only other pipelines have, and their name.
+_OTHER_FOLDERS = (
+    ("transformer", "an SD3 or FLUX model"),
+    ("text_encoder_2", "an SDXL model"),
+    ("prior", "a Stable Cascade model"),
+)
+
+
+def family_of_folder(path: Path) -> ModelFamily:
+    """The family of a diffusers folder, from its configuration files.
+
+    Raises:
+        UserError: naming what the folder is instead, or the part it lacks.
+    """
+    remedy = f"give a {SD1.title} or {SD2.title} model"
+    for part, name in _OTHER_FOLDERS:
+        if (path / part).is_dir():
+            raise UserError(f"is {name}", where=str(path), remedy=remedy)
+    unet = _read_config(path / "unet" / "config.json", path)
+    text_encoder = _read_config(path / "text_encoder" / "config.json", path)
+    channels = unet.get("in_channels", 4)
+    if channels != SD1.latent_channels:
+        kind = _OTHER_INPUTS.get(channels, f"a model with {channels} input channels")
+        raise UserError(f"is {kind}, whose U-Net takes {channels} channels instead of 4", where=str(path), remedy=remedy)
+    return family_of_configs(unet, text_encoder)
+
+
+def family_of_configs(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> ModelFamily:
+    """The family of diffusers configurations: by the context's width, and for other (tiny) widths by the activation function,
+    which is `gelu` in OpenCLIP and `quick_gelu` in OpenAI's CLIP."""
+    width = unet.get("cross_attention_dim")
+    for family in FAMILIES:
+        if family.context_width == width:
+            return family
+    return SD2 if text_encoder.get("hidden_act", "quick_gelu") == "gelu" else SD1
+
+
+def _read_config(path: Path, folder: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"is no diffusers model folder: it has no {path.relative_to(folder)}",
+            where=str(folder),
+            remedy="give a folder with unet, vae and text_encoder in it, or a checkpoint file",
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"is not readable JSON ({error})", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("does not hold a JSON object", where=str(path))
+    return content
+
+
+_OTHER_ADAPTERS: tuple[tuple[str, str], ...] = (
+    (r"^lora_te2_|^lora_unet_(input|output|middle)_block", "SDXL"),
+    (r"joint_blocks", "SD3"),
+    (r"double_blocks|single_transformer_blocks", "FLUX"),
+)
+_OTHER_CONTEXT_WIDTHS = {2048: "SDXL", 1280: "SDXL's second text encoder"}
+_TEXT_CONTEXT = re.compile(r"attn2[._]to_[kv](\.|$)")
+_TEXT_ENCODER = re.compile(r"^(lora_te1?_|text_encoder\.).*self_attn[._]q_proj(\.|$)")
+
+
+def family_of_adapter(shapes: Shapes, *, metadata: Mapping[str, str] | None = None, where: str | None = None) -> ModelFamily:
+    """The family that an adapter was trained for.
+
+    The widths that its layers take decide; where no layer tells (tiny models, unusual algorithms), what its metadata says.
+
+    Raises:
+        UserError: for an adapter of another family, or one that says nothing.
+    """
+    other = _first_match(shapes, _OTHER_ADAPTERS)
+    width = _adapter_width(shapes)
+    other = other or _OTHER_CONTEXT_WIDTHS.get(width or 0)
+    if other:
+        raise UserError(f"is an adapter for {other}", where=where, remedy=f"{SD1.title} and {SD2.title} are supported")
+    for family in FAMILIES:
+        if family.context_width == width:
+            return family
+    said = _family_said(metadata or {})
+    if said is None:
+        raise UserError(
+            "does not say which model family it is for: no layer is as wide as a known text condition and there is no metadata",
+            where=where,
+        )
+    return said
+
+
+def _family_said(metadata: Mapping[str, str]) -> ModelFamily | None:
+    version = metadata.get("ss_base_model_version")
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    for family in FAMILIES:
+        if version in family.base_model_versions.values() or architecture in family.architectures.values():
+            return family
+    return {"True": SD2, "False": SD1}.get(metadata.get("ss_v2", ""))
+
+
+def _adapter_width(shapes: Shapes) -> int | None:
+    """How wide the text condition is that the adapted layers take."""
+    for pattern in (_TEXT_CONTEXT, _TEXT_ENCODER):
+        for key in shapes:
+            if pattern.search(key):
+                width = _input_width(key, shapes)
+                if width:
+                    return width
+    return None
+
+
+def _input_width(key: str, shapes: Shapes) -> int | None:
+    """Inputs of the base layer, where this tensor shows them; None where it does not."""
+    shape = shapes[key]
+    layer, _, tensor = key.rpartition(".")
+    if len(shape) < 2:
+        return None
+    if key.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_b", ".diff")):
+        return shape[1]
+    if tensor in ("lokr_w2", "lokr_w2_b"):
+        first = shapes.get(f"{layer}.lokr_w1") or shapes.get(f"{layer}.lokr_w1_b")
+        return shape[1] * first[1] if first else None
+    return None
