@@ -48,7 +48,10 @@ def near_names(name: str, known: Iterable[str]) -> str:
     import difflib
 
     by_lower = {known_name.lower(): known_name for known_name in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+    likeness = {match: difflib.SequenceMatcher(None, name.lower(), match).ratio() for match in by_lower}
+    best = max(likeness.values(), default=0.0)
+    near = [match for match, ratio in likeness.items() if ratio >= max(0.6, best - 0.1)]
     if near:
+        near = sorted(near, key=lambda match: -likeness[match])[:3]
         return f"did you mean {' or '.join(by_lower[match] for match in near)}?"
     return f"known are {', '.join(sorted(by_lower.values(), key=str.lower))}"

@@ -173,7 +173,7 @@ def parse(argv: Sequence[str], groups: Sequence[OptionGroup], *, description: st
     for name, raw in vars(namespace).items():
         _convert_into(given, options[name], raw, f"--{name}", problems)
     sources: dict[str, str] = {}
-    if given.get("config_file"):
+    if given.get("config_file") and not given.get("output_config"):
         for name, value in read_config_file(Path(given["config_file"]), options, problems).items():
             if name not in given:
                 given[name] = value

@@ -340,6 +340,27 @@ _BUILDERS: Mapping[str, Callable[[ParsedOptions], Any]] = {
 }
 
 
+def write_config(parsed: ParsedOptions) -> int:
+    """Write the options that were given to --config_file, which must not exist yet.
+
+    Raises:
+        UserError: no file is named, or it exists.
+    """
+    import toml
+
+    raise_all(_contradictions(parsed))
+    path = Path(parsed["config_file"]).with_suffix(".toml")
+    if path.exists():
+        raise UserError("exists already", where=f"--config_file {path}", remedy="name another file or remove it")
+    given = {
+        name: parsed[name] for name in parsed.values if parsed.given(name) and name not in ("config_file", "output_config")
+    }
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    path.write_text(toml.dumps(plain), encoding="utf-8")
+    print(f"wrote {len(plain)} options to {path}")
+    return 0
+
+
 def key_values(items: Sequence[str] | None, where: str) -> dict[str, str]:
     """["conv_dim=4", "conv_alpha=1"] as a mapping.
 

@@ -248,23 +248,23 @@ OUTPUT_OPTIONS = (
             Option(
                 name="offload_optimizer_device",
                 choices=("cpu", "nvme"),
-                help="cpu/nvme",
+                help="where that state is offloaded to",
                 later="DeepSpeed gains nothing for adapters of these model families",
             ),
             Option(
                 name="offload_optimizer_nvme_path",
-                help="path",
+                help="folder of the offloaded state",
                 later="DeepSpeed gains nothing for adapters of these model families",
             ),
             Option(
                 name="offload_param_device",
                 choices=("cpu", "nvme"),
-                help="cpu/nvme",
+                help="where that state is offloaded to",
                 later="DeepSpeed gains nothing for adapters of these model families",
             ),
             Option(
                 name="offload_param_nvme_path",
-                help="path",
+                help="folder of the offloaded state",
                 later="DeepSpeed gains nothing for adapters of these model families",
             ),
             Option(

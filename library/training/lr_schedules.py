@@ -129,10 +129,11 @@ def check_schedule(options: ScheduleOptions) -> None:
 
 
 def learning_rate_factor(options: ScheduleOptions, total_steps: int) -> Factor:
-    """The schedule of a run: a linear warm-up from 0, then the named curve."""
+    """The schedule of a run: a linear warm-up from 0 (warmup_stable_decay: from its lowest rate), then the named curve."""
     warmup = min(steps_of(options.warmup, total_steps), total_steps)
     curve = SCHEDULES[options.name](options, warmup, total_steps)
-    return lambda step: step / warmup if step < warmup else curve(step)
+    floor = options.min_lr_ratio or 0.0 if options.name == "warmup_stable_decay" else 0.0
+    return lambda step: floor + (1.0 - floor) * step / warmup if step < warmup else curve(step)
 
 
 def build_schedule(options: ScheduleOptions, optimizer: Optimizer, total_steps: int) -> Any:

@@ -79,6 +79,15 @@ class RunFiles:
     total_epochs: int
     written: list[Path] = field(default_factory=list)
 
+    def due(self, step: int, epoch_ended: int | None, total_steps: int) -> bool:
+        """Whether a file is written after `step` steps, which ended that epoch; the final file is not counted."""
+        every_epochs = epochs_between_saves(self.options, self.total_epochs)
+        epoch_due = bool(
+            every_epochs and epoch_ended and epoch_ended % every_epochs == 0 and epoch_ended < self.total_epochs
+        )
+        every = self.options.every_n_steps
+        return epoch_due or bool(every and step % every == 0 and step < total_steps)
+
     def save_epoch(self, epoch: int, step: int) -> Path | None:
         """Save after an epoch if it is its turn, and remove the file that is too old; the last epoch has its own file."""
         every = epochs_between_saves(self.options, self.total_epochs)

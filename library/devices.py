@@ -1,0 +1,57 @@
+"""What the machine really offers: devices, number formats, attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def best_device() -> torch.device:
+    """CUDA (or ROCm), XPU, MPS, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def compute_dtype(precision: str, device: torch.device, *, where: str) -> torch.dtype:
+    """The number format for a name, if the device computes in it.
+
+    Args:
+        precision: "no" or "float" (fp32), "fp16", "bf16".
+        where: how a sentence names the option.
+
+    Raises:
+        UserError: fp16 on a CPU, bf16 on a GPU without it.
+    """
+    import torch
+
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("fp16 arithmetic needs a GPU, and none is used", where=where, remedy="use bf16 or no (fp32)")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU has no bf16 arithmetic", where=where, remedy="use fp16")
+    return {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def why_no_xformers(device: torch.device) -> str | None:
+    """Why xformers' attention cannot be used here, as the middle of a sentence; None where it can."""
+    import importlib.util
+
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed"
+    if device.type != "cuda":
+        return "xformers has no kernels for this device"
+    import torch
+
+    try:
+        import xformers.ops
+
+        query = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)
+        xformers.ops.memory_efficient_attention(query, query, query)
+    except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
+        return f"the installed xformers does not work here ({str(error).splitlines()[0]})"
+    return None

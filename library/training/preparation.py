@@ -1,0 +1,179 @@
+"""From options to everything the loop needs: checked, planned, and loaded one phase at a time.
+
+What is needed only for the caches (the VAE) is loaded, used and freed before the denoiser is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.devices import compute_dtype, why_no_xformers
+from library.errors import UserError, raise_all
+from library.training.optimizers import build_optimizer, optimizer_class, optimizer_kind, optimizer_settings
+from library.training.options import ComputeOptions, NetworkOptions, OptimizerOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+
+    from library.checkpoints.base_model import BaseModelFiles
+
+
+def check_names(options: TrainingOptions) -> None:
+    """Names that can be wrong and need no file: the network module and the optimizer.
+
+    Raises:
+        UserError: all that are unknown or not installed, at once.
+    """
+    from networks.registry import load_network_module
+
+    problems = []
+    for check in (
+        lambda: load_network_module(options.network.module),
+        lambda: optimizer_class(options.optimizer.type),
+        lambda: optimizer_settings(options.optimizer.type, options.optimizer.args),
+    ):
+        try:
+            check()
+        except UserError as error:
+            problems.append(error)
+    raise_all(list({str(problem): problem for problem in problems}.values()))
+
+
+def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelerator:
+    """Accelerate, for launch, precision and distribution.
+
+    Args:
+        find_unused: adapters may be left out of a step (layer drop-out, clip skip), which DDP has to be told.
+
+    Raises:
+        UserError: the precision does not fit the device.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    from library.devices import best_device
+
+    compute_dtype(compute.mixed_precision, best_device(), where=f"--mixed_precision {compute.mixed_precision}")
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused, broadcast_buffers=False)]
+    return Accelerator(mixed_precision=compute.mixed_precision, kwargs_handlers=handlers)
+
+
+def adapters_may_rest(options: TrainingOptions) -> bool:
+    """Whether a step may pass without some adapter: its layer is dropped, or clip skip leaves it out."""
+    return options.captions.clip_skip not in (None, 1) or float(options.network.args.get("module_dropout", 0)) > 0
+
+
+def part_rates(options: OptimizerOptions, network: NetworkOptions) -> dict[str, float | None]:
+    """The learning rate of each part; None where it is not adapted, 0 where it is left as it is."""
+    text_encoder = options.text_encoder_lr[0] if options.text_encoder_lr else options.learning_rate
+    unet = options.learning_rate if options.unet_lr is None else options.unet_lr
+    return {
+        "text encoder": text_encoder if network.train_text_encoder else None,
+        "U-Net": unet if network.train_unet else None,
+    }
+
+
+def check_rates(options: TrainingOptions, encoders: int) -> None:
+    """Refuse rates that leave nothing to train, or more text encoder rates than encoders.
+
+    Raises:
+        UserError
+    """
+    rates = options.optimizer.text_encoder_lr
+    if len(rates) > encoders:
+        shown = " ".join(f"{rate:g}" for rate in rates)
+        raise UserError(
+            f"this base model has {encoders} text encoder", where=f"--text_encoder_lr {shown}", remedy="give one rate"
+        )
+    if not any(part_rates(options.optimizer, options.network).values()):
+        raise UserError("every learning rate is 0, so nothing would be trained", remedy="give --learning_rate 1e-4 or so")
+
+
+def create_network(options: NetworkOptions, text_encoders: Sequence[nn.Module], unet: nn.Module, *, seed: int) -> nn.Module:
+    """The adapter network for a base model, not yet attached.
+
+    Raises:
+        UserError: from the module, about its arguments or the file it starts from.
+    """
+    import torch
+
+    from library.streams import stream_seed
+    from networks.registry import load_network_module
+
+    module: Any = load_network_module(options.module)
+    encoder = text_encoders[0] if len(text_encoders) == 1 else list(text_encoders)
+    torch.manual_seed(stream_seed(seed, "adapter"))
+    if options.dim_from_weights and options.weights:
+        network, _ = module.create_network_from_weights(1, str(options.weights), None, encoder, unet)
+        return network
+    return module.create_network(
+        1.0, options.dim, options.alpha, None, encoder, unet, neuron_dropout=options.dropout, **options.args
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltOptimizer:
+    """The optimizer, what its groups are called in logs, and how metadata names it."""
+
+    optimizer: Any
+    group_names: Sequence[str]
+    description: str
+
+
+def optimizer_for(network: Any, options: TrainingOptions) -> BuiltOptimizer:
+    """The optimizer over the parameter groups that the network module makes.
+
+    Modules return their groups alone or with names beside them (sd-scripts changed that); both are taken. None stands for
+    a part that is not trained.
+    """
+    rates = part_rates(options.optimizer, options.network)
+    text_encoder_lr = list(options.optimizer.text_encoder_lr) or options.optimizer.learning_rate
+    if isinstance(text_encoder_lr, list) and len(text_encoder_lr) == 1:
+        text_encoder_lr = text_encoder_lr[0]
+    result = network.prepare_optimizer_params(text_encoder_lr, rates["U-Net"], options.optimizer.learning_rate)
+    groups, names = result if isinstance(result, tuple) else (result, None)
+    if not groups:
+        raise UserError("no part of the network has a learning rate above 0", remedy="give --learning_rate 1e-4 or so")
+    settings = optimizer_settings(options.optimizer.type, options.optimizer.args)
+    optimizer = build_optimizer(options.optimizer.type, list(groups), options.optimizer.learning_rate, settings)
+    name, _ = optimizer_kind(options.optimizer.type)
+    kind = type(optimizer)
+    description = f"{kind.__module__}.{kind.__name__}({','.join(f'{key}={value}' for key, value in settings.items())})"
+    return BuiltOptimizer(
+        optimizer=optimizer, group_names=names or [f"group{n}" for n in range(len(groups))], description=description
+    )
+
+
+def use_attention(denoiser: Any, compute: ComputeOptions, device: torch.device) -> str:
+    """Switch the attention of the denoiser, and say which one is used."""
+    if compute.xformers:
+        reason = why_no_xformers(device)
+        if reason:
+            return f"--xformers: {reason}, so torch's scaled_dot_product_attention is used"
+        denoiser.enable_xformers_memory_efficient_attention()
+        return "attention: xformers"
+    return "attention: torch's scaled_dot_product_attention"
+
+
+def freeze(*modules: nn.Module, checkpointing: bool) -> None:
+    """Stop gradients into the base model's weights; modules stay in evaluation mode unless checkpointing needs training mode.
+
+    Base models of these families have no drop-out, so the mode changes nothing else.
+    """
+    for module in modules:
+        module.requires_grad_(False)
+        module.train(checkpointing)
+
+
+def enable_checkpointing(denoiser: Any, text_encoders: Sequence[Any]) -> None:
+    """Compute activations again in the backward pass instead of keeping them."""
+    denoiser.enable_gradient_checkpointing()
+    for encoder in text_encoders:
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def base_model_title(files: BaseModelFiles) -> str:
+    return f"{files.name} ({files.family.title}), {files.path}"
