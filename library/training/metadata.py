@@ -29,13 +29,13 @@ class RunFacts:
     Attributes:
         base_model: ss_sd_model_name, ss_sd_model_hash, ss_new_sd_model_hash and the like for the VAE.
         dataset: the fields about images, captions and buckets, as `library.dataset.report` gives them.
+        train_samples, regularisation_samples: images in an epoch, repeats counted.
         optimizer: class and settings, "torch.optim.adamw.AdamW(weight_decay=0.01)".
     """
 
     session_id: int
     started_at: float
     seed: int
-    family_is_v2: bool
     base_model_version: str
     base_model: Mapping[str, str]
     dataset: Mapping[str, str]
@@ -44,7 +44,8 @@ class RunFacts:
     total_steps: int
     total_epochs: int
     batches_per_epoch: int
-    sample_counts: tuple[int, int]
+    train_samples: int
+    regularisation_samples: int
 
 
 def training_metadata(
@@ -75,13 +76,12 @@ def training_metadata(
 
 
 def _about_the_run(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
-    train_samples, regularisation_samples = facts.sample_counts
     return {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": options.saving.output_name,
-        "ss_num_train_images": train_samples,
-        "ss_num_reg_images": regularisation_samples,
+        "ss_num_train_images": facts.train_samples,
+        "ss_num_reg_images": facts.regularisation_samples,
         "ss_num_validation_images": 0,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.total_epochs,
@@ -95,7 +95,7 @@ def _about_the_run(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "ss_fp8_base_unet": False,
         "ss_lowram": False,
         "ss_cache_latents": options.dataset.caches_latents,
-        "ss_v2": facts.family_is_v2,
+        "ss_v2": facts.base_model_version.startswith("sd_v2"),
         "ss_base_model_version": facts.base_model_version,
         "ss_training_comment": options.saving.comment,
         "ss_sd_scripts_commit_hash": None,

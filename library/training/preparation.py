@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from library.checkpoints.base_model import BaseModelFiles
-
 
 def check_names(options: TrainingOptions) -> None:
     """Names that can be wrong and need no file: the network module and the optimizer.
@@ -123,43 +121,86 @@ class BuiltOptimizer:
     description: str
 
 
-def optimizer_for(network: Any, options: TrainingOptions) -> BuiltOptimizer:
-    """The optimizer over the parameter groups that the network module makes.
+def optimizer_groups(network: Any, options: TrainingOptions) -> tuple[list[dict[str, Any]], list[str]]:
+    """The parameter groups that the network module makes, and their names.
 
-    Modules return their groups alone or with names beside them (sd-scripts changed that); both are taken. None stands for
-    a part that is not trained.
+    Modules return groups alone or with names beside them (sd-scripts changed that); both are taken.
+
+    Raises:
+        UserError: no group is left.
     """
     rates = part_rates(options.optimizer, options.network)
-    text_encoder_lr = list(options.optimizer.text_encoder_lr) or options.optimizer.learning_rate
-    if isinstance(text_encoder_lr, list) and len(text_encoder_lr) == 1:
-        text_encoder_lr = text_encoder_lr[0]
-    result = network.prepare_optimizer_params(text_encoder_lr, rates["U-Net"], options.optimizer.learning_rate)
+    result = network.prepare_optimizer_params(rates["text encoder"], rates["U-Net"], options.optimizer.learning_rate)
     groups, names = result if isinstance(result, tuple) else (result, None)
     if not groups:
         raise UserError("no part of the network has a learning rate above 0", remedy="give --learning_rate 1e-4 or so")
+    return list(groups), list(names) if names else [f"group{number}" for number in range(len(groups))]
+
+
+def build_network_optimizer(network: Any, options: TrainingOptions) -> BuiltOptimizer:
+    """The optimizer over the network's parameter groups."""
+    groups, names = optimizer_groups(network, options)
     settings = optimizer_settings(options.optimizer.type, options.optimizer.args)
-    optimizer = build_optimizer(options.optimizer.type, list(groups), options.optimizer.learning_rate, settings)
-    name, _ = optimizer_kind(options.optimizer.type)
+    optimizer = build_optimizer(options.optimizer.type, groups, options.optimizer.learning_rate, settings)
     kind = type(optimizer)
-    description = f"{kind.__module__}.{kind.__name__}({','.join(f'{key}={value}' for key, value in settings.items())})"
-    return BuiltOptimizer(
-        optimizer=optimizer, group_names=names or [f"group{n}" for n in range(len(groups))], description=description
-    )
+    shown = ",".join(f"{key}={value}" for key, value in settings.items())
+    return BuiltOptimizer(optimizer=optimizer, group_names=names, description=f"{kind.__module__}.{kind.__name__}({shown})")
 
 
-def use_attention(denoiser: Any, compute: ComputeOptions, device: torch.device) -> str:
-    """Switch the attention of the denoiser, and say which one is used."""
-    if compute.xformers:
-        reason = why_no_xformers(device)
-        if reason:
-            return f"--xformers: {reason}, so torch's scaled_dot_product_attention is used"
-        denoiser.enable_xformers_memory_efficient_attention()
-        return "attention: xformers"
-    return "attention: torch's scaled_dot_product_attention"
+def load_start_weights(network: Any, options: NetworkOptions) -> None:
+    """Load the adapter that training starts from, if there is one.
+
+    Raises:
+        UserError: the file does not fit the network.
+    """
+    if options.weights:
+        network.load_weights(str(options.weights))
+
+
+def network_lines(network: Any, options: NetworkOptions) -> list[str]:
+    """What the plan says of the network: one line in all, and one for each part and block where they differ."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    lines = [f"{options.module}, {total:,} parameters"]
+    if not hasattr(network, "describe"):
+        return lines
+    rows = network.describe()
+    for part, title in (("text_encoder", "text encoder"), ("denoiser", "U-Net")):
+        own = [row for row in rows if row.part == part]
+        uniform = len({(row.ranks, row.alphas, row.learning_rate) for row in own}) == 1
+        if own and uniform:
+            modules, parameters = sum(row.modules for row in own), sum(row.parameters for row in own)
+            lines.append(_row_text(title, modules, parameters, own[0]))
+        else:
+            lines += [_row_text(f"{title} block {row.block}", row.modules, row.parameters, row) for row in own]
+    return lines
+
+
+def _row_text(title: str, modules: int, parameters: int, row: Any) -> str:
+    ranks, alphas = ("/".join(f"{value:g}" for value in values) for values in (row.ranks, row.alphas))
+    rate = "" if row.learning_rate is None else f", rate {row.learning_rate:g}" if row.learning_rate else ", frozen"
+    return f"{title}: {modules} modules, rank {ranks}, alpha {alphas}, {parameters:,} parameters{rate}"
+
+
+def data_workers(wanted: int) -> int:
+    """Processes that prepare batches: as many as wanted, but one processor less than there are, so that the step keeps one."""
+    import os
+
+    return min(wanted, max(0, (os.cpu_count() or 1) - 1))
+
+
+def use_attention(denoiser: Any, compute: ComputeOptions, device: torch.device) -> list[str]:
+    """Switch the denoiser to the attention that was asked for; a sentence where it cannot be had."""
+    if not compute.xformers:
+        return []
+    reason = why_no_xformers(device)
+    if reason:
+        return [f"--xformers: {reason}, so torch's scaled_dot_product_attention is used"]
+    denoiser.enable_xformers_memory_efficient_attention()
+    return []
 
 
 def freeze(*modules: nn.Module, checkpointing: bool) -> None:
-    """Stop gradients into the base model's weights; modules stay in evaluation mode unless checkpointing needs training mode.
+    """Stop gradients into the base model's weights; evaluation mode, unless checkpointing needs training mode.
 
     Base models of these families have no drop-out, so the mode changes nothing else.
     """
@@ -173,7 +214,3 @@ def enable_checkpointing(denoiser: Any, text_encoders: Sequence[Any]) -> None:
     denoiser.enable_gradient_checkpointing()
     for encoder in text_encoders:
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def base_model_title(files: BaseModelFiles) -> str:
-    return f"{files.name} ({files.family.title}), {files.path}"

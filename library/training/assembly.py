@@ -1,0 +1,270 @@
+"""Loading, one phase at a time, and putting the parts of the loop together.
+
+What only the caches need (the VAE) is loaded, used and freed before the denoiser is loaded.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.dataset.batches import Batch, BatchAddress, TrainingBatches, load_batches
+from library.dataset.report import dataset_metadata
+from library.diffusion.noise import NoiseOptions, SampleDraws, draw_sample
+from library.diffusion.schedule import NoiseSchedule
+from library.errors import UserError
+from library.training import preparation as prepare
+from library.training.lr_schedules import build_schedule
+from library.training.metadata import RunFacts, training_metadata
+from library.training.module import FrozenParts, TrainableModule
+from library.training.optimizers import is_schedule_free
+from library.training.planning import DTYPES, PlannedRun, attached_network
+from library.training.previews import draw_previews, previews_due
+from library.training.progress import Progress
+from library.training.saving import RunFiles
+from library.training.tracking import Tracker
+from library.training.trainer import LoopParts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from library.dataset.caches import LatentCache
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of a sample; a class, so that workers can be sent it."""
+
+    options: NoiseOptions
+    seed: int
+
+    def __call__(self, epoch: int, sample: int, latent_shape: tuple[int, int, int]) -> SampleDraws:
+        return draw_sample(self.options, seed=self.seed, epoch=epoch, sample=sample, latent_shape=latent_shape)
+
+
+def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
+    """Load the base model, build the network on it, and gather what the loop moves."""
+    options, accelerator = run.options, run.accelerator
+    device = accelerator.device
+    encoders = run.base.load_text_encoders(dtype=run.dtype, device=device)
+    unet = run.base.load_denoiser(dtype=run.dtype, device=device)
+    prepare.freeze(unet, *encoders, checkpointing=options.compute.gradient_checkpointing)
+    if options.compute.gradient_checkpointing:
+        prepare.enable_checkpointing(unet, encoders)
+    for note in prepare.use_attention(unet, options.compute, device):
+        run.say(note)
+    network = attached_network(run, encoders, unet, device=torch.device("cpu"))
+    prepare.load_start_weights(network, options.network)
+    network.to(device=device, dtype=torch.float32)
+    built = prepare.build_network_optimizer(network, options)
+    module = _trainable_module(run, network, encoders, unet)
+    prepared, optimizer = accelerator.prepare(module, built.optimizer)
+    vae = _vae_for_the_loop(run, latents)
+    free = is_schedule_free(options.optimizer.type)
+    return LoopParts(
+        accelerator=accelerator,
+        module=prepared,
+        network=network,
+        optimizer=optimizer,
+        scheduler=None if free else build_schedule(options.schedule, built.optimizer, run.length.steps),
+        group_names=list(built.group_names),
+        length=run.length,
+        batches=_batches(run, latents),
+        divisor_of=_divisor(run),
+        latents_of=partial(latents_of, vae=vae, chunk=options.dataset.vae_batch_size),
+        files=_files(run, network, built.description),
+        progress=Progress(
+            total_steps=run.length.steps,
+            steps_per_epoch=run.length.steps_per_epoch,
+            total_epochs=run.length.epochs,
+            shown=accelerator.is_main_process,
+        ),
+        tracker=Tracker(options.logging, active=accelerator.is_main_process),
+        seed=run.seed,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        schedule_free=free,
+        scale_weight_norms=options.network.scale_weight_norms,
+        previews=_previews(run, module, vae),
+    )
+
+
+def latent_cache(run: PlannedRun) -> LatentCache | None:
+    """Encode every image once, if that was asked for, with a VAE that is freed afterwards."""
+    if not run.options.dataset.caches_latents:
+        return None
+    from library.dataset.caches import build_latent_cache
+
+    vae = _load_vae(run)
+    return build_latent_cache(run.dataset, vae, run.base.vae_fingerprint(), say=run.say)
+
+
+def latents_of(batch: Batch, *, vae: Any, chunk: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread of a batch's latents: cached, or encoded now.
+
+    Returns:
+        Two tensors (B, C, h, w) fp32 in the VAE's units.
+    """
+    if batch.latent_mean is not None and batch.latent_std is not None:
+        return batch.latent_mean, batch.latent_std
+    if batch.pixels is None:
+        raise ValueError("a batch has neither latents nor pixels")
+    with torch.no_grad():
+        posteriors = [vae.encode(pixels).latent_dist for pixels in batch.pixels.split(chunk)]
+    mean = torch.cat([posterior.mean for posterior in posteriors])
+    return mean, torch.cat([posterior.std for posterior in posteriors])
+
+
+def _load_vae(run: PlannedRun) -> Any:
+    """The VAE in fp32, in which none of these families overflows."""
+    vae = run.base.load_vae(dtype=torch.float32, device=run.accelerator.device)
+    vae.requires_grad_(False)
+    return vae.eval()
+
+
+def _vae_for_the_loop(run: PlannedRun, latents: LatentCache | None) -> Any:
+    """The VAE where a step or a preview needs it."""
+    return _load_vae(run) if latents is None or run.options.previews.prompts else None
+
+
+def _trainable_module(run: PlannedRun, network: Any, encoders: list[nn.Module], unet: nn.Module) -> TrainableModule:
+    options = run.options
+    schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=options.zero_terminal_snr)
+    return TrainableModule(
+        network,
+        FrozenParts(
+            denoiser=unet,
+            text_encoders=encoders,
+            tokenizers=run.base.load_tokenizers(),
+            schedule=schedule.to(run.accelerator.device),
+            prediction_type=run.prediction_type,
+            latent_scale=run.base.family.latent_scale,
+            dtype=run.dtype,
+        ),
+        captions=options.captions,
+        noise=options.noise,
+        loss=options.loss,
+        text_encoders_train=options.network.train_text_encoder,
+    )
+
+
+def _batches(run: PlannedRun, latents: LatentCache | None) -> Iterator[Batch]:
+    """This process's micro-batches of the whole run, in the order of the plan."""
+    accelerator, options = run.accelerator, run.options
+    batches = TrainingBatches(
+        run.dataset,
+        seed=run.seed,
+        draw=Draw(options.noise, run.seed),
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        latents=latents,
+        latent_channels=run.base.family.latent_channels,
+        max_train_steps=run.length.steps,
+    )
+    addresses = [BatchAddress(epoch + 1, place, step) for step, epoch, place in run.length.micro_batches()]
+    workers = prepare.data_workers(options.compute.data_workers)
+    return load_batches(batches, addresses, workers=workers, pin_memory=accelerator.device.type == "cuda")
+
+
+def _divisor(run: PlannedRun) -> Callable[[int], float]:
+    """Samples of an optimizer step over the number of processes; DDP averages what the processes add up."""
+    orders: dict[int, list[Any]] = {}
+
+    def divisor(step: int) -> float:
+        epoch = run.length.epoch_of(step) + 1
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = run.dataset.epoch(epoch, seed=run.seed, processes=run.accelerator.num_processes)
+        samples = sum(len(orders[epoch][place].samples) for place in run.length.batches_of(step))
+        return samples / run.accelerator.num_processes
+
+    return divisor
+
+
+def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
+    options = run.options
+    regularisation = sum(run.dataset.subset_of(sample.image).is_reg for sample in run.dataset.samples)
+    facts = RunFacts(
+        session_id=random.SystemRandom().getrandbits(32),
+        started_at=run.started_at,
+        seed=run.seed,
+        base_model_version=run.base.family.base_model_versions[run.prediction_type],
+        base_model=run.base.metadata(),
+        dataset=dataset_metadata(run.dataset),
+        optimizer=optimizer,
+        network_dim=options.network.dim,
+        total_steps=run.length.steps,
+        total_epochs=run.length.epochs,
+        batches_per_epoch=run.length.batches_per_epoch,
+        train_samples=len(run.dataset.samples) - regularisation,
+        regularisation_samples=regularisation,
+    )
+
+    def metadata_at(step: int, epochs: int) -> dict[str, str]:
+        return training_metadata(options, facts, step=step, epochs=epochs, finished_at=time.time())
+
+    precision = options.saving.precision
+    return RunFiles(
+        options=options.saving,
+        network=network,
+        metadata_at=metadata_at,
+        dtype=DTYPES[precision] if precision else None,
+        total_epochs=run.length.epochs,
+    )
+
+
+def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[int, int | None], None] | None:
+    """What draws previews after (step, epoch ended), on the first process; None where no prompts are given."""
+    options = run.options.previews
+    if options.prompts is None:
+        return None
+    from library.generation.pipeline import Pipeline, PipelineModels
+    from library.generation.prompt_options import read_sample_prompts
+
+    parts = module.parts
+    requests = read_sample_prompts(options.prompts, sampler=options.sampler, clip_skip=run.options.captions.clip_skip)
+    pipeline = Pipeline(
+        PipelineModels(
+            denoiser=parts.denoiser,
+            vae=vae,
+            text_encoders=parts.text_encoders,
+            tokenizers=parts.tokenizers,
+            latent_scale=parts.latent_scale,
+            latent_channels=run.base.family.latent_channels,
+            prediction_type=parts.prediction_type,
+            zero_terminal_snr=run.options.zero_terminal_snr,
+            others=[module.network],
+        ),
+        autocast=None if run.dtype == torch.float32 else run.dtype,
+        note=run.say,
+    )
+
+    def previews(step: int, epoch_ended: int | None) -> None:
+        if run.accelerator.is_main_process and previews_due(options, step=step, epoch_ended=epoch_ended):
+            _draw_without_ending_the_run(run, pipeline, requests, step, epoch_ended)
+        run.accelerator.wait_for_everyone()
+
+    return previews
+
+
+def _draw_without_ending_the_run(run: PlannedRun, pipeline: Any, requests: Any, step: int, epoch_ended: int | None) -> None:
+    """Draw previews; a picture that cannot be drawn costs a sentence and not the run."""
+    folder = run.options.saving.output_dir / "sample"
+    try:
+        paths = draw_previews(
+            pipeline,
+            requests,
+            folder,
+            output_name=run.options.saving.output_name,
+            step=step,
+            epoch_ended=epoch_ended if run.options.previews.every_n_epochs else None,
+        )
+    except (UserError, RuntimeError, OSError) as error:
+        run.say(f"step {step}: previews could not be drawn ({error}); training goes on")
+    else:
+        run.say(f"step {step}: drew {len(paths)} previews in {folder}")
