@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from library.cli.generation_options import parse_generation
 from library.cli.options import all_options, parse
 from library.cli.training_options import TRAINING_OPTIONS
 from tools.demo import contact_sheet, lettering, loss_curve, run
@@ -98,6 +99,14 @@ def test_the_training_command_line_uses_options_that_exist():
     arguments = arguments[arguments.index("--dataset_config") :]  # the configuration file before it has its own test
     given = parse(arguments, TRAINING_OPTIONS, description="").explicit
     assert {"dataset_config", "network_module", "output_dir", "logging_dir"} <= given <= set(all_options(TRAINING_OPTIONS))
+
+
+@pytest.mark.parametrize("strength", [None, *run.STRENGTHS])
+def test_the_picture_command_lines_are_accepted(strength):
+    step = run.picture_step(strength)
+    options = parse_generation(step.command[2:])
+    assert str(options.output_folder) == run.picture_folder(strength)
+    assert [network.strength for network in options.networks] == ([] if strength is None else [float(strength)])
 
 
 def test_the_picture_command_lines_differ_in_the_lora_alone():

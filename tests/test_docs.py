@@ -1,0 +1,50 @@
+"""What the pages name exists: options, files, and the targets of links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from library.cli.generation_options import GENERATION_OPTIONS
+from library.cli.options import all_options
+from library.cli.training_options import TRAINING_OPTIONS
+from library.generation.prompt_options import PREVIEW_OPTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = PAGES + sorted((ROOT / "configs").glob("*.toml"))
+OF_OTHER_PROGRAMS = {
+    *("num_cpu_threads_per_process", "multi_gpu", "num_processes", "cpu"),  # accelerate launch
+    *("help", "check", "logdir"),  # every script, ruff, tensorboard
+    "networkdimension",  # the example of a misspelt one
+}
+
+
+def page_name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=page_name)
+def test_every_option_that_is_named_exists(path):
+    known = {*all_options(TRAINING_OPTIONS), *all_options(GENERATION_OPTIONS), *PREVIEW_OPTIONS, *OF_OTHER_PROGRAMS}
+    named = set(re.findall(r"(?<![\w-])--([A-Za-z][\w]*)", path.read_text(encoding="utf-8")))
+    assert named <= known
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_every_link_within_the_repository_leads_somewhere(path):
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=page_name)
+def test_every_preset_that_is_named_exists(path):
+    named = re.findall(r"configs/[\w/]+\.\w+", path.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_all_pages_stand_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in index
+    ] == []
