@@ -1,7 +1,7 @@
 """CLIP's tokenizer from the table shipped with the package, so that single files train without any download.
 
-The table holds the 48,894 byte-pair merges of OpenAI's CLIP (MIT licence). The vocabulary follows from it: the 256 byte symbols,
-the same at the end of a word, one entry per merge, and the two special tokens.
+The table holds the 48,894 byte-pair merges of OpenAI's CLIP (MIT licence). The vocabulary follows from it: the 256 byte
+symbols, the same at the end of a word, one entry per merge, and the two special tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def _byte_symbols() -> list[str]:
 
 
 @cache
-def clip_merges() -> tuple[tuple[str, str], ...]:
-    """The byte-pair merges, the first to be applied first."""
+def clip_merges() -> list[tuple[str, str]]:
+    """The byte-pair merges, the first to be applied first; don't change the result, it is shared."""
     with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
         pairs = [line.split() for line in file if line.strip()]
-    return tuple((left, right) for left, right in pairs)
+    return [(left, right) for left, right in pairs]
 
 
 @cache
@@ -53,7 +53,7 @@ def shipped_tokenizer(family: ModelFamily) -> CLIPTokenizer:
 
     return CLIPTokenizer(
         vocab=clip_vocabulary(),
-        merges=list(clip_merges()),
+        merges=clip_merges(),  # type: ignore[arg-type]  # pairs are taken as well as texts
         pad_token=family.pad_token,
         model_max_length=MAX_TOKENS,
     )

@@ -1,7 +1,7 @@
 """Which family a file or folder belongs to, from names and shapes alone.
 
-What is not a Stable Diffusion 1 or 2 base model is refused by its own name: a sentence that says "this is SDXL" or "this is a LoRA"
-saves the search that "keys missing" begins.
+What is not a Stable Diffusion 1 or 2 base model is refused by its own name: a sentence that says "this is SDXL" or "this is
+a LoRA" saves the search that "keys missing" begins.
 """
 
 from __future__ import annotations
@@ -126,8 +126,11 @@ def family_of_folder(path: Path) -> ModelFamily:
 
 
 def family_of_configs(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> ModelFamily:
-    """The family of diffusers configurations: by the context's width, and for other (tiny) widths by the activation function,
-    which is `gelu` in OpenCLIP and `quick_gelu` in OpenAI's CLIP."""
+    """The family of diffusers configurations.
+
+    By the context's width, and for other (tiny) widths by the text encoder's activation function: `gelu` in OpenCLIP,
+    `quick_gelu` in OpenAI's CLIP.
+    """
     width = unet.get("cross_attention_dim")
     for family in FAMILIES:
         if family.context_width == width:
@@ -180,7 +183,7 @@ def family_of_adapter(shapes: Shapes, *, metadata: Mapping[str, str] | None = No
     said = _family_said(metadata or {})
     if said is None:
         raise UserError(
-            "does not say which model family it is for: no layer is as wide as a known text condition and there is no metadata",
+            "says nowhere which models it is for: no layer has a known text condition's width, and metadata are missing",
             where=where,
         )
     return said

@@ -1,7 +1,7 @@
 """Tiny models with the real structure, so that every test drives the real code.
 
-Weights are seeded by their names: the same on every machine, and different in every layer. They are not trained, but scaled so
-that signals neither vanish nor explode and every part of a model acts on its output.
+Weights are seeded by their names: the same on every machine, and different in every layer. They are not trained, but scaled
+so that signals neither vanish nor explode and every part of a model acts on its output.
 """
 
 from __future__ import annotations
