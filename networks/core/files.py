@@ -1,0 +1,132 @@
+"""Adapter files: reading, matching with a network's layers, and writing. Every layer of a file is accounted for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.families.family import ModelFamily
+from networks.core.adapter import Adapter
+from networks.core.keys import by_layer, other_layout
+
+logger = logging.getLogger(__name__)
+
+LayerTensors = dict[str, Tensor]
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of an adapter file, on the CPU.
+
+    Raises:
+        UserError: a file that is missing, damaged, or holds something else than tensors.
+    """
+    from library.checkpoints.tensor_files import open_tensor_file
+
+    file = open_tensor_file(path)
+    return {key: file.read(key) for key in file.keys()}  # noqa: SIM118 (a TensorFile is no mapping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """How a file's layers and a network's layers meet.
+
+    Attributes:
+        matched: layer name -> tensors, for the layers that both have.
+        unmatched: layers of the file that the network has not.
+        missing: layers of the network that the file has not.
+    """
+
+    matched: dict[str, LayerTensors]
+    unmatched: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.matched)} layers loaded, {len(self.unmatched)} left out, {len(self.missing)} not in the file"
+
+    def check(self, where: str, family: ModelFamily, *, allow_unmatched: bool = False, allow_missing: bool = False) -> None:
+        """Refuse what is not allowed; a file of which nothing fits is never allowed.
+
+        Raises:
+            UserError: with numbers and examples.
+        """
+        total = len(self.matched) + len(self.unmatched)
+        if not self.matched:
+            layout = other_layout(self.unmatched)
+            what = f"it is in {layout}, which is not read" if layout else f"none of its {total} layers fits"
+            raise UserError(
+                f"{what} ({_examples(self.unmatched) or 'the file is empty'})",
+                where=where,
+                remedy=f"give a kohya-style adapter made for {family.title}",
+            )
+        if self.unmatched and not allow_unmatched:
+            raise UserError(
+                f"{len(self.unmatched)} of its {total} layers have no place in the network ({_examples(self.unmatched)})",
+                where=where,
+                remedy="train or load the same parts and kinds of layers as the file has (conv_dim for convolutions)",
+            )
+        if self.missing and not allow_missing:
+            raise UserError(
+                f"has no weights for {len(self.missing)} layers of the network ({_examples(self.missing)})",
+                where=where,
+                remedy="train only the parts and kinds of layers that the file has, or use --dim_from_weights",
+            )
+
+
+def _examples(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def match_layers(tensors: Mapping[str, Tensor], names: Collection[str]) -> LoadReport:
+    """Pair the file's layers with the network's by name."""
+    layers = by_layer(tensors)
+    return LoadReport(
+        matched={name: layers[name] for name in layers if name in names},
+        unmatched=tuple(name for name in layers if name not in names),
+        missing=tuple(name for name in names if name not in layers),
+    )
+
+
+def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -> None:
+    """Load one layer's tensors, naming the layer if they do not fit.
+
+    Raises:
+        UserError: unknown or missing tensors, or another rank.
+    """
+    try:
+        adapter.load_state_dict(tensors)
+    except RuntimeError as error:
+        rank = next((len(value) for key, value in tensors.items() if key == "lora_down.weight"), adapter.rank)
+        if rank != adapter.rank:
+            raise UserError(
+                f"{name} has rank {rank} in the file and {adapter.rank} in the network",
+                where=where,
+                remedy=f"use --dim_from_weights, or --network_dim {rank}",
+            ) from None
+        reason = "; ".join(str(error).split("\n\t")[1:])
+        raise UserError(f"{name} does not fit ({reason})", where=where) from None
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+) -> None:
+    """Write tensors under their saved names, in the given dtype; None keeps each one's own.
+
+    A tensor with values beyond that dtype's range is kept in fp32, with a warning: better a mixed file than infinities or
+    no file.
+    """
+    from library.checkpoints.tensor_writing import write_tensors
+
+    converted = {}
+    for key, tensor in tensors.items():
+        value = tensor.detach().to("cpu", dtype or tensor.dtype)
+        if dtype is not None and not torch.isfinite(value).all() and torch.isfinite(tensor).all():
+            logger.warning("%s: %s has values beyond the range of %s; it is saved in fp32", path, key, dtype)
+            value = tensor.detach().to("cpu", torch.float32)
+        converted[key] = value.contiguous()
+    write_tensors(path, converted, metadata, add_hashes=True)

@@ -1,0 +1,57 @@
+"""What a network holds, as rows of plain data for the plan that a run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from networks.core.adapter import Adapter
+from networks.core.groups import RateFactors, place_order
+from networks.core.targets import Part, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """One part, or one block of the U-Net.
+
+    Attributes:
+        block: place among the block values; None for the text encoder.
+        modules: number of adapters.
+        ranks, alphas: the different ones that occur, in rising order.
+        learning_rate: None before the rates are set; 0 where the part is frozen.
+        parameters: number of trained values.
+    """
+
+    part: Part
+    block: int | None
+    modules: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    learning_rate: float | None
+    parameters: int
+
+
+def summarise(
+    adapters: Iterable[tuple[Target, Adapter]], rates: Mapping[Part, float | None], factors: RateFactors
+) -> list[GroupSummary]:
+    """One row for the text encoder and one for each block that has adapters."""
+    members: dict[tuple[Part, int | None], list[Adapter]] = {}
+    place_rates: dict[tuple[Part, int | None], float | None] = {}
+    for target, adapter in adapters:
+        members.setdefault((target.part, target.block), []).append(adapter)
+        place_rates[target.part, target.block] = factors.rate_of(target, rates)
+    rows = []
+    for part, block in sorted(members, key=place_order):
+        group = members[part, block]
+        rows.append(
+            GroupSummary(
+                part=part,
+                block=block,
+                modules=len(group),
+                ranks=tuple(sorted({adapter.rank for adapter in group})),
+                alphas=tuple(sorted({adapter.scale * adapter.rank for adapter in group})),
+                learning_rate=place_rates[part, block],
+                parameters=sum(parameter.numel() for adapter in group for parameter in adapter.parameters()),
+            )
+        )
+    return rows
