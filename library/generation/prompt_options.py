@@ -1,0 +1,298 @@
+"""Options inside a prompt line ("a cat --n blurry --w 768 --d 1"), and the files such lines come in.
+
+What follows a space and two dashes with a letter is an option, to the next such place. Every one is in a table; an unknown
+one is an error, where sd-scripts drops it without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, near_names, raise_all
+from library.generation.requests import MAX_SEED, MAX_STEPS, MIN_SIZE
+from library.generation.samplers import find_sampler
+from library.toml_files import read_toml
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLine:
+    """A prompt and what it says of its own pictures; None leaves a value to the command line.
+
+    Attributes:
+        seeds: one per picture of this prompt, the last of them for all further pictures; empty leaves it to the command.
+        where: how a sentence names the line ("--from_file cats.txt, line 3").
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    scale: float | None = None
+    sampler: str | None = None
+    seeds: tuple[int, ...] = ()
+    where: str = "prompt"
+
+
+@dataclass(frozen=True)
+class PromptOption:
+    """One in-prompt option: the field it sets and how its text becomes a value (ValueError: the end of a sentence)."""
+
+    field: str
+    convert: Callable[[str], Any]
+
+
+def _integer(low: int, high: float, meaning: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise ValueError(f"{value} is out of range; {meaning}")
+        return value
+
+    return convert
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a finite number")
+    return value
+
+
+def _sampler(text: str) -> str:
+    try:
+        find_sampler(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+_size = _integer(MIN_SIZE, math.inf, f"give {MIN_SIZE} pixels or more")
+_steps = _integer(1, MAX_STEPS, f"give 1 to {MAX_STEPS}")
+_seed = _integer(0, MAX_SEED, f"give 0 to {MAX_SEED}")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(_seed(part.strip()) for part in text.split(","))
+
+
+IMAGE_OPTIONS: dict[str, PromptOption] = {
+    "n": PromptOption("negative_prompt", str),
+    "w": PromptOption("width", _size),
+    "h": PromptOption("height", _size),
+    "s": PromptOption("steps", _steps),
+    "l": PromptOption("scale", _number),
+    "d": PromptOption("seeds", _seeds),
+}
+PREVIEW_OPTIONS = IMAGE_OPTIONS | {
+    "d": PromptOption("seeds", lambda text: (_seed(text),)),
+    "ss": PromptOption("sampler", _sampler),
+}
+
+OTHER_MODELS = "it belongs to models this toolkit does not know yet"
+DEEP_SHRINK, GRADUAL_LATENT = "Deep Shrink comes later", "Gradual Latent comes later"
+UNAVAILABLE: dict[str, str] = {
+    "nl": "a scale of its own for the negative prompt comes later",
+    "t": "image to image comes later",
+    "c": "CLIP guidance comes later",
+    "am": "network strengths per prompt come later",
+    "f": "file names per prompt come later",
+    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), DEEP_SHRINK),
+    **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), GRADUAL_LATENT),
+    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), OTHER_MODELS),
+    **dict.fromkeys(("g", "ctr", "rcfg", "fs"), OTHER_MODELS),
+    "cn": "control images come later",
+    "controlnet_image": "control images come later",
+}
+# What sd-scripts' generator reads in a prompt and this one does not yet: as plain words it would be silently wrong.
+LATER_LANGUAGE: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"<\w+:[^>]*>"), "tags such as <lora:name:1> come later; name files with --network_weights"),
+    (re.compile(r"(?<!\S)AND(?!\S)"), "several sub-prompts with AND come later"),
+    (re.compile(r"(?<!\S)BREAK(?!\S)"), "BREAK comes later"),
+    (re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}"), "choices such as {a|b} come later"),
+)
+
+_OPTION_START = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+def parse_prompt_line(
+    line: str, *, where: str, options: Mapping[str, PromptOption] = IMAGE_OPTIONS, extended: bool = True
+) -> PromptLine:
+    """One line of a prompt file, or the value of --prompt.
+
+    Args:
+        where: how a sentence names the line.
+        options: the table in force; names are case-insensitive.
+        extended: refuse the prompt language of sd-scripts' generator that is not there yet; its previews have none.
+
+    Raises:
+        UserError: unknown, unavailable, doubled or malformed options; all of them at once.
+    """
+    text, *pieces = _OPTION_START.split(line)
+    values: dict[str, Any] = {}
+    problems: list[UserError] = []
+    for piece in pieces:
+        name, _, value = piece.strip().partition(" ")
+        _set_option(values, name.lower(), value.strip(), options, f"{where}, --{name}", problems)
+    for prompt in (text, values.get("negative_prompt") or ""):
+        problems += _language_problems(prompt, where, extended)
+    raise_all(problems)
+    return PromptLine(prompt=text.strip(), where=where, **values)
+
+
+def _set_option(
+    values: dict[str, Any],
+    name: str,
+    value: str,
+    options: Mapping[str, PromptOption],
+    where: str,
+    problems: list[UserError],
+) -> None:
+    if name not in options:
+        if name in UNAVAILABLE:
+            problems.append(UserError("is not available", where=where, remedy=UNAVAILABLE[name]))
+        else:
+            known = near_names(name, options)
+            problems.append(UserError("unknown option in a prompt", where=where, remedy=known))
+    elif options[name].field in values:
+        problems.append(UserError("is given twice", where=where, remedy="keep one of them"))
+    else:
+        try:
+            values[options[name].field] = options[name].convert(value)
+        except ValueError as error:
+            problems.append(UserError(str(error), where=where))
+
+
+def _language_problems(prompt: str, where: str, extended: bool) -> list[UserError]:
+    rules = LATER_LANGUAGE if extended else LATER_LANGUAGE[:1]
+    return [
+        UserError(f"{found.group()!r} is not available", where=where, remedy=remedy)
+        for pattern, remedy in rules
+        if (found := pattern.search(prompt))
+    ]
+
+
+def read_prompt_file(path: Path, *, where: str, options: Mapping[str, PromptOption] = IMAGE_OPTIONS) -> list[PromptLine]:
+    """The lines of a .txt file, without blank ones and those that begin with "#".
+
+    Raises:
+        UserError: the file cannot be read or holds no prompt, or lines are wrong; all of them at once.
+    """
+    lines: list[PromptLine] = []
+    problems: list[UserError] = []
+    for number, line in enumerate(_read_text(path, where).splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            place = f"{where}, line {number}"
+            _collect(lines, lambda line=line, place=place: _parse(line, place, options), problems)  # type: ignore[misc]
+    raise_all(problems)
+    return _not_empty(lines, where)
+
+
+def _parse(line: str, where: str, options: Mapping[str, PromptOption]) -> PromptLine:
+    return parse_prompt_line(line, where=where, options=options, extended=options is IMAGE_OPTIONS)
+
+
+def read_preview_prompts(path: Path, *, where: str | None = None) -> list[PromptLine]:
+    """The prompts of --sample_prompts: .txt lines, a .json list of lines and tables, or .toml with [[prompt.subset]].
+
+    Raises:
+        UserError: see `read_prompt_file`.
+    """
+    where = where or f"--sample_prompts {path}"
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return read_prompt_file(path, where=where, options=PREVIEW_OPTIONS)
+    if suffix not in (".json", ".toml"):
+        raise UserError("is no kind of prompt file", where=where, remedy="give a .txt, .toml or .json file")
+    entries = _json_entries(path, where) if suffix == ".json" else _toml_entries(path, where)
+    lines: list[PromptLine] = []
+    problems: list[UserError] = []
+    for number, entry in enumerate(entries, 1):
+        place = f"{where}, prompt {number}"
+        _collect(lines, lambda entry=entry, place=place: _entry_line(entry, place), problems)  # type: ignore[misc]
+    raise_all(problems)
+    return _not_empty(lines, where)
+
+
+ENTRY_KEYS: dict[str, PromptOption] = {
+    "negative_prompt": PREVIEW_OPTIONS["n"],
+    "width": PREVIEW_OPTIONS["w"],
+    "height": PREVIEW_OPTIONS["h"],
+    "sample_steps": PREVIEW_OPTIONS["s"],
+    "scale": PREVIEW_OPTIONS["l"],
+    "seed": PREVIEW_OPTIONS["d"],
+    "sample_sampler": PREVIEW_OPTIONS["ss"],
+}
+
+
+def _entry_line(entry: Any, where: str) -> PromptLine:
+    """A prompt of a .json or .toml file: a line, or a table of keys."""
+    if isinstance(entry, str):
+        return _parse(entry, where, PREVIEW_OPTIONS)
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise UserError("is neither a text nor a table with a prompt", where=where)
+    if _OPTION_START.search(entry["prompt"]):
+        raise UserError("options stand inside the text of a table", where=where, remedy="give them as keys (width = 512)")
+    values: dict[str, Any] = {}
+    problems = _language_problems(entry["prompt"], where, extended=False)
+    for key, value in entry.items():
+        if key != "prompt" and value is not None:
+            _set_option(values, key, str(value), ENTRY_KEYS, f"{where}, {key}", problems)
+    raise_all(problems)
+    return PromptLine(prompt=entry["prompt"].strip(), where=where, **values)
+
+
+def _json_entries(path: Path, where: str) -> list[Any]:
+    try:
+        entries = json.loads(_read_text(path, where))
+    except json.JSONDecodeError as error:
+        raise UserError(f"is not valid JSON: {error}", where=where) from None
+    if not isinstance(entries, list):
+        raise UserError("is not a list of prompts", where=where, remedy='write ["a cat", {"prompt": "a dog"}]')
+    return entries
+
+
+def _toml_entries(path: Path, where: str) -> list[Any]:
+    """Each [[prompt.subset]] on top of the keys of [prompt]; the subset's own win."""
+    content = read_toml(path, where=where)
+    shared = content.get("prompt")
+    shared = shared if isinstance(shared, dict) else {}
+    subsets = shared.get("subset")
+    if not isinstance(subsets, list):
+        raise UserError("holds no prompts", where=where, remedy='write [[prompt.subset]] and below it prompt = "a cat"')
+    common = {key: value for key, value in shared.items() if key != "subset"}
+    return [common | subset if isinstance(subset, dict) else subset for subset in subsets]
+
+
+def _read_text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("no such file", where=where) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read as text ({error})", where=where) from None
+
+
+def _collect(lines: list[PromptLine], parse: Callable[[], PromptLine], problems: list[UserError]) -> None:
+    try:
+        lines.append(parse())
+    except UserError as error:
+        problems.append(error)
+
+
+def _not_empty(lines: list[PromptLine], where: str) -> list[PromptLine]:
+    if not lines:
+        raise UserError("holds no prompt", where=where)
+    return lines

@@ -1,0 +1,301 @@
+"""One run of gen_img_diffusers.py: everything is checked, then models are loaded, then pictures are drawn and saved."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from library.errors import UserError, UserErrors, raise_all
+from library.generation.options import GenerationOptions, ModelOptions
+from library.generation.planning import SEEDS, ImageDefaults, image_requests, rounding_notes
+from library.generation.png_info import write_png
+from library.generation.prompt_options import PromptLine, parse_prompt_line, read_prompt_file
+from library.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.checkpoints.base_model import BaseModelFiles
+    from library.generation.pipeline import Pipeline
+    from library.generation.requests import ImageRequest
+
+T = TypeVar("T")
+
+
+def run_generation(options: GenerationOptions) -> int:
+    """Draw what the options say; returns the exit status.
+
+    Raises:
+        UserError: everything that can be found out before models are loaded, at once.
+    """
+    quiet_libraries()
+    started = time.perf_counter()
+    base_model, lines = _checked(options)
+    prediction_type = base_model.prediction_type or "epsilon"
+    defaults = _defaults(options, base_model.family.default_resolution[prediction_type])
+    for note in rounding_notes(lines, defaults):
+        print(note)
+    pictures = options.pictures
+    seed = random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed
+    requests = image_requests(
+        lines, defaults, seed=seed, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations
+    )
+    pipeline = load_pipeline(options, base_model, prediction_type)
+    count = _draw(pipeline, requests, options, _made_with(options, base_model))
+    seconds = time.perf_counter() - started
+    print(f"{count} picture{'s' * (count != 1)} in {options.output_folder} ({seconds:.1f} s)")
+    return 0
+
+
+def _checked(options: GenerationOptions) -> tuple[BaseModelFiles, list[PromptLine]]:
+    """The base model's headers and the prompts, or every problem of the run."""
+    problems: list[UserError] = []
+    lines = _try(lambda: _prompt_lines(options), problems)
+    _try(lambda: _check_output_folder(options.output_folder), problems)
+    for network in options.networks:
+        if not network.file.is_file():
+            problems.append(UserError("no such file", where=f"--network_weights {network.file}"))
+    _try(lambda: _check_precision(options.model), problems)
+    base_model = _try(lambda: _open_base_model(options.model), problems)
+    if base_model is not None:
+        for network in options.networks:
+            if network.file.is_file():
+                _try(lambda file=network.file: _check_family(file, base_model), problems)  # type: ignore[misc]
+    raise_all(problems)
+    assert base_model is not None  # for the type checker: without one there was a problem
+    assert lines is not None
+    return base_model, lines
+
+
+def _try(check: Callable[[], T], problems: list[UserError]) -> T | None:
+    try:
+        return check()
+    except UserErrors as errors:
+        problems += errors.problems
+    except UserError as error:
+        problems.append(error)
+    return None
+
+
+def _prompt_lines(options: GenerationOptions) -> list[PromptLine]:
+    pictures = options.pictures
+    if pictures.prompt_file is not None:
+        return read_prompt_file(pictures.prompt_file, where=f"--from_file {pictures.prompt_file}")
+    return [parse_prompt_line(pictures.prompt or "", where="--prompt")]
+
+
+def _check_output_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot be made ({error.strerror})", where=f"--outdir {folder}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError("cannot be written to", where=f"--outdir {folder}", remedy="name another folder")
+
+
+def _check_precision(model: ModelOptions) -> None:
+    if model.precision == "fp16" and compute_device().type == "cpu":
+        raise UserError(
+            "fp16 is for graphics cards, and there is none here",
+            where="--fp16",
+            remedy="leave it out, or give --bf16",
+        )
+
+
+def compute_device() -> torch.device:
+    """The accelerator that torch finds, else the processor."""
+    import torch
+
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def _defaults(options: GenerationOptions, resolution: int) -> ImageDefaults:
+    pictures = options.pictures
+    return ImageDefaults(
+        width=pictures.width or resolution,
+        height=pictures.height or resolution,
+        steps=pictures.steps,
+        scale=pictures.scale,
+        sampler=pictures.sampler,
+        clip_skip=pictures.clip_skip,
+    )
+
+
+def _open_base_model(model: ModelOptions) -> BaseModelFiles:
+    from library.checkpoints.base_model import open_base_model
+
+    return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
+
+
+def _check_family(file: Path, base_model: BaseModelFiles) -> None:
+    """Refuse an adapter for another family by its widths, before anything is loaded."""
+    from library.checkpoints.tensor_files import open_tensor_file
+    from library.families.detect import family_of_adapter
+
+    where = f"--network_weights {file}"
+    adapter = open_tensor_file(file)
+    family = family_of_adapter(adapter.shapes(), metadata=adapter.metadata, where=where)
+    if family.name != base_model.family.name:
+        raise UserError(
+            f"is an adapter for {family.title}, and the base model is {base_model.family.title}",
+            where=where,
+            remedy="give the base model it was trained on",
+        )
+
+
+def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, prediction_type: str) -> Pipeline:
+    """Load the models, put the adapters on them, and make the pipeline.
+
+    The VAE is loaded in fp32: in fp16 it overflows for some pictures, and it runs once per picture only.
+    """
+    import torch
+
+    from library.generation.pipeline import Pipeline, PipelineModels
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.model.precision]
+    device = compute_device()
+    models = PipelineModels(
+        denoiser=base_model.load_denoiser(dtype=dtype, device=device),
+        vae=base_model.load_vae(dtype=torch.float32, device=device),
+        text_encoders=base_model.load_text_encoders(dtype=dtype, device=device),
+        tokenizers=base_model.load_tokenizers(),
+        latent_scale=base_model.family.latent_scale,
+        latent_channels=base_model.family.latent_channels,
+        prediction_type=prediction_type,
+        zero_terminal_snr=options.model.zero_terminal_snr,
+    )
+    for module in models.modules():
+        module.eval().requires_grad_(False)
+    networks = attach_networks(options, models)
+    if options.model.xformers:
+        _use_xformers(models.denoiser, device)
+    return Pipeline(replace(models, others=networks), max_chunks=options.model.max_chunks, note=print)
+
+
+def attach_networks(options: GenerationOptions, models: Any) -> list[Any]:
+    """Every adapter on the models or, with --network_merge, in their weights; returns those that are attached."""
+    from networks.registry import load_network_module
+
+    networks = []
+    for use in options.networks:
+        module = load_network_module(use.module)
+        network, weights = module.create_network_from_weights(
+            use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
+        )
+        if network is None:
+            raise UserError("is no file of this module", where=f"--network_weights {use.file}")
+        parameter = next(models.denoiser.parameters())
+        if options.merge_networks:
+            if not network.is_mergeable():
+                raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
+            network.merge_to(models.text_encoders, models.denoiser, weights, parameter.dtype, parameter.device)
+            continue
+        network.apply_to(models.text_encoders, models.denoiser)
+        network.load_state_dict(weights, strict=False)
+        networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
+    return networks
+
+
+def _use_xformers(denoiser: Any, device: torch.device) -> None:
+    """xformers' attention; torch's own, with a line about it, where xformers is missing or has nothing for the device."""
+    from importlib.util import find_spec
+
+    if device.type == "cuda" and find_spec("xformers") is not None:
+        denoiser.enable_xformers_memory_efficient_attention()
+        return
+    reason = "works on NVIDIA cards only" if device.type != "cuda" else "is not installed"
+    print(f"--xformers: xformers {reason}; torch's own attention (--sdpa) is used")
+
+
+def _made_with(options: GenerationOptions, base_model: BaseModelFiles) -> dict[str, Any]:
+    """What a picture's recipe says beside its request."""
+    return {
+        "model": base_model.name,
+        "vae": options.model.vae,
+        "networks": [{"name": use.file.stem, "strength": use.strength} for use in options.networks],
+        "precision": options.model.precision,
+    }
+
+
+def _draw(
+    pipeline: Pipeline, requests: Sequence[ImageRequest], options: GenerationOptions, made_with: dict[str, Any]
+) -> int:
+    """Draw and save all pictures, each as soon as it is there; returns their number."""
+    from library.generation.pipeline import Hooks
+
+    paths = _sequential_paths(options.output_folder) if options.sequential_names else None
+    progress = DrawingProgress(requests)
+    try:
+        drawn = pipeline.stream(
+            requests, batch_size=options.pictures.batch_size, hooks=Hooks(before_step=progress.before_step)
+        )
+        for number, image in drawn:
+            request = requests[number]
+            path = _timed_path(options.output_folder, number, request.seed) if paths is None else next(paths)
+            write_png(path, image, request, made_with)
+            progress.drawn(path)
+    finally:
+        progress.close()
+    return len(requests)
+
+
+def _timed_path(folder: Path, number: int, seed: int) -> Path:
+    """im_{time}_{number}_{seed}.png, as sd-scripts names it; never one that exists."""
+    stem = f"im_{time.strftime('%Y%m%d%H%M%S')}_{number:03d}_{seed}"
+    path, copies = folder / f"{stem}.png", 1
+    while path.exists():
+        copies += 1
+        path = folder / f"{stem}_{copies}.png"
+    return path
+
+
+def _sequential_paths(folder: Path) -> Iterator[Path]:
+    """im_000001.png and so on, after the highest number in the folder; sd-scripts begins at 1 and overwrites."""
+    numbers = [int(path.stem[3:]) for path in folder.glob("im_*.png") if path.stem[3:].isdigit()]
+    number = max(numbers, default=0)
+    while True:
+        number += 1
+        yield folder / f"im_{number:06d}.png"
+
+
+class DrawingProgress:
+    """A bar over all sampler steps on a terminal, one line per picture elsewhere."""
+
+    def __init__(self, requests: Sequence[ImageRequest]) -> None:
+        self._count, self._done = len(requests), 0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=sum(request.steps for request in requests), unit="step", dynamic_ncols=True)
+
+    def before_step(self, step: Any) -> None:
+        """Samplers that call the denoiser twice a step count half a step each time."""
+        if self._bar is not None:
+            self._bar.update(self._share(step, step.number + 1) - self._share(step, step.number))
+
+    @staticmethod
+    def _share(step: Any, number: int) -> int:
+        return sum(request.steps for request in step.requests) * number // step.count
+
+    def drawn(self, path: Path) -> None:
+        self._done += 1
+        line = f"{self._done}/{self._count} {path}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
