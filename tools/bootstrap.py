@@ -161,7 +161,7 @@ def test(environment: Environment, arguments: Sequence[str]) -> int:
     processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
     if processes > 1 and not arguments:
         # One thread each: the tests' tensors are small, and processes that each use all cores hinder one another.
-        command += ["-n", str(processes), "--dist", "loadfile"]
+        command += ["-n", str(processes), "--dist", "worksteal"]
         variables["OMP_NUM_THREADS"] = "1"
     return run([*command, *arguments], env=environment.variables(variables))
 

@@ -125,7 +125,7 @@ def test_a_python_without_ensurepip_is_told_the_package(environment, ran, monkey
 def test_the_whole_suite_runs_in_processes_of_one_thread_and_a_selection_in_one(environment, ran, monkeypatch):
     monkeypatch.setattr(bootstrap.os, "cpu_count", lambda: 2)
     bootstrap.test(environment, [])
-    assert ran.commands[-1][2:] == ["pytest", "-n", "2", "--dist", "loadfile"]
+    assert ran.commands[-1][2:] == ["pytest", "-n", "2", "--dist", "worksteal"]
     assert ran.variables[-1]["OMP_NUM_THREADS"] == "1"
     assert ran.variables[-1]["HF_HUB_OFFLINE"] == "1"
     bootstrap.test(environment, ["-k", "merge"])
