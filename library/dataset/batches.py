@@ -15,7 +15,7 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from library.dataset.caches import LatentCache
+from library.dataset.caches import LatentCache, StoredLatents
 from library.dataset.captions import process_caption
 from library.dataset.dataset import Dataset, GlobalBatch, Sample
 from library.dataset.images import BadImageError
@@ -145,24 +145,35 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
 
     def _images(self, samples: list[Sample], epoch: int) -> tuple[dict[str, list[Any]], dict[int, str]]:
         """Latents or pixels, and masks, of each sample; and a sentence about each that could not be read."""
-        if self.latents is not None:
-            flips = [draw_flip(self.dataset, sample, seed=self.seed, epoch=epoch) for sample in samples]
-            read = [self.latents.read(sample.image, flip) for sample, flip in zip(samples, flips, strict=True)]
-            columns = zip(*((latents.mean, latents.std, latents.mask) for latents in read), strict=True)
-            return dict(zip(("latent_mean", "latent_std", "masks"), map(list, columns), strict=True)), {}
-        prepared, skipped = [], {}
+        read: list[Any] = []
+        skipped: dict[int, str] = {}
         for place, sample in enumerate(samples):
             try:
-                reading = draw_reading(self.dataset, sample, seed=self.seed, epoch=epoch)
-                prepared.append(load(self.dataset, sample.image, reading))
+                read.append(self._read(sample, epoch))
             except BadImageError as error:
                 sentence = UserError(str(error), where=str(sample.image.path))
                 if self.dataset.options.on_bad_image == "stop":
                     raise sentence from None
                 skipped[place] = str(sentence)
-                width, height = sample.image.fit.bucket
-                prepared.append(Prepared(torch.zeros(3, height, width), None))
-        return {"pixels": [one.pixels for one in prepared], "masks": [one.mask for one in prepared]}, skipped
+                read.append(self._blank(sample))
+        names = {"pixels": "pixels", "mask": "masks"}
+        if self.latents is not None:
+            names = {"mean": "latent_mean", "std": "latent_std", "mask": "masks"}
+        return {name: [getattr(one, part) for one in read] for part, name in names.items()}, skipped
+
+    def _read(self, sample: Sample, epoch: int) -> StoredLatents | Prepared:
+        if self.latents is None:
+            return load(self.dataset, sample.image, draw_reading(self.dataset, sample, seed=self.seed, epoch=epoch))
+        return self.latents.read(sample.image, draw_flip(self.dataset, sample, seed=self.seed, epoch=epoch))
+
+    def _blank(self, sample: Sample) -> StoredLatents | Prepared:
+        """What stands in for an image that could not be read."""
+        width, height = sample.image.fit.bucket
+        if self.latents is None:
+            return Prepared(torch.zeros(3, height, width), None)
+        factor = self.dataset.latent_factor
+        zeros = torch.zeros(self.latent_channels, height // factor, width // factor)
+        return StoredLatents(zeros, zeros, None)
 
     def _masks(self, batch: GlobalBatch, masks: list[Tensor | None], latent_shape: tuple[int, int, int]) -> Tensor | None:
         """Masks, stacked; images without one count fully. None where no subset of the dataset asks for masks."""

@@ -42,6 +42,7 @@ FOLDER = "latent_cache"
 LAYOUT = 1  # raised when entries of before can no longer be used
 THREADS = 8
 READ_AHEAD = 32  # images
+NO_ENTRY = "could not be decoded when the latents were cached"
 LEFTOVER_AGE = 3600  # seconds after which a half-written file belongs to nobody
 
 Progress = Callable[[int, int], None]  # (images done, images to do)
@@ -60,8 +61,6 @@ class LatentCache(Protocol):
     """Where the latents of all images of a run are found."""
 
     bad_images: dict[Path, str]
-
-    def holds(self, image: DatasetImage, flip: bool) -> bool: ...
 
     def read(self, image: DatasetImage, flip: bool) -> StoredLatents: ...
 
@@ -99,42 +98,45 @@ def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_latent_cache(
-    dataset: Dataset, vae: Any, *, vae_fingerprint: str, rank: int = 0, processes: int = 1, progress: Progress | None = None
+    dataset: Dataset,
+    vae: Any,
+    vae_fingerprint: str,
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> LatentCache:
-    """Encode every image that has no valid entry yet.
-
-    With several processes, wait for all of them after this, and then ask for `usable_images`.
+    """Encode every image that has no valid entry yet. With several processes, wait for all of them after this.
 
     Args:
+        vae: an AutoencoderKL, where and in the precision that it is to run.
         vae_fingerprint: tells VAEs apart, part of the key.
+        rank, processes: this process builds its share of the entries on disk.
+        say: is told what there is to do, and which images are left out.
+        progress: is told how far it is, in posteriors.
 
     Raises:
         UserError: latents that are not finite, a folder that cannot be written, or (on_bad_image "stop") unreadable images.
     """
+    say = say or (lambda line: None)
     precision = str(next(vae.parameters()).dtype)
     cache: DiskLatents | MemoryLatents = MemoryLatents()
     entries = all_entries(dataset)
     if dataset.options.cache_latents_to_disk:
         cache = DiskLatents(dataset, f"{vae_fingerprint} {precision}")
         cache.prepare_folders()
-        entries = cache.missing(entries[rank::processes], trust=dataset.options.skip_cache_check)
+        own = entries[rank::processes]
+        entries = cache.missing(own, trust=dataset.options.skip_cache_check)
+        say(f"latent cache: {len(entries)} of {len(own)} entries are missing or out of date")
     elif not dataset.options.cache_latents:
         raise ValueError("the options do not ask for cached latents")
     _encode_all(dataset, vae, entries, cache, progress or (lambda done, total: None))
     if dataset.options.on_bad_image == "stop":
         raise_all(bad_image_problems(list(cache.bad_images.items())))
+    for path, reason in cache.bad_images.items():
+        say(f"left out: {path}: {reason}")
     return cache
-
-
-def usable_images(dataset: Dataset, cache: LatentCache) -> Dataset:
-    """The dataset without the images that could not be encoded; the same in every process."""
-    reason = "could not be decoded when the latents were cached"
-    missing = {
-        entry.image.path: cache.bad_images.get(entry.image.path, reason)
-        for entry in all_entries(dataset)
-        if not cache.holds(entry.image, entry.flip)
-    }
-    return dataset.without(missing.items()) if missing else dataset
 
 
 def all_entries(dataset: Dataset) -> list[_Entry]:
@@ -156,11 +158,15 @@ class MemoryLatents:
         self._stacks: dict[Size, Tensor] = {}
         self._masks: dict[tuple[int, int, Path, bool], Tensor] = {}
 
-    def holds(self, image: DatasetImage, flip: bool) -> bool:
-        return (image.dataset, image.subset, image.path, flip) in self._places
-
     def read(self, image: DatasetImage, flip: bool) -> StoredLatents:
+        """One entry.
+
+        Raises:
+            BadImageError: the image could not be decoded.
+        """
         key = (image.dataset, image.subset, image.path, flip)
+        if key not in self._places:
+            raise BadImageError(NO_ENTRY)
         bucket, row = self._places[key]
         mean, std = self._stacks[bucket][row]
         return StoredLatents(mean, std, self._masks.get(key))
@@ -205,29 +211,33 @@ class DiskLatents:
         key = hashlib.blake2b(self.settings(image, flip).encode(), digest_size=6).hexdigest()
         return image.path.parent / FOLDER / f"{image.path.name}_{key}.safetensors"
 
-    def holds(self, image: DatasetImage, flip: bool) -> bool:
-        return self.path(image, flip).is_file()
-
     def read(self, image: DatasetImage, flip: bool) -> StoredLatents:
         """One entry.
 
         Raises:
-            UserError: it was damaged or removed after the cache was checked.
+            BadImageError: there is none, because the image could not be decoded.
+            UserError: it was damaged after the cache was checked.
         """
         path = self.path(image, flip)
         try:
             return _read_entry(path)[0]
+        except FileNotFoundError:
+            raise BadImageError(NO_ENTRY) from None
         except _DamagedError as error:
             remedy = "delete it and start again: it will be rebuilt"
             raise UserError(f"the cached latents {error}", where=str(path), remedy=remedy) from None
 
     def missing(self, entries: Sequence[_Entry], *, trust: bool) -> list[_Entry]:
         """The entries that have to be made: no valid file. `trust` looks at names alone."""
-        unique = list({self.path(entry.image, entry.flip): entry for entry in entries}.values())
+        unique = {self.path(entry.image, entry.flip): entry for entry in entries}
         if trust:
-            return [entry for entry in unique if not self.holds(entry.image, entry.flip)]
+            return [entry for path, entry in unique.items() if not path.is_file()]
         with ThreadPoolExecutor(THREADS) as pool:
-            return [entry for entry, valid in zip(unique, pool.map(self._is_valid, unique), strict=True) if not valid]
+            return [
+                entry
+                for entry, valid in zip(unique.values(), pool.map(self._is_valid, unique.values()), strict=True)
+                if not valid
+            ]
 
     def store(self, entry: _Entry, source: _Source, latents: StoredLatents) -> None:
         facts = {"settings": self.settings(entry.image, entry.flip), "content": source.content}
@@ -263,7 +273,7 @@ class DiskLatents:
         try:
             latents, facts = _read_entry(path)
             state = json.loads(facts["source"])
-        except (_DamagedError, KeyError, ValueError):
+        except (_DamagedError, FileNotFoundError, KeyError, ValueError):
             return False
         if facts.get("settings") != self.settings(entry.image, entry.flip):
             return False
@@ -296,7 +306,7 @@ class _DamagedError(Exception):
 
 
 def _read_entry(path: Path) -> tuple[StoredLatents, dict[str, str]]:
-    """An entry and what it says of itself, its checksum compared."""
+    """An entry and what it says of itself, its checksum compared; FileNotFoundError where there is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -304,7 +314,7 @@ def _read_entry(path: Path) -> tuple[StoredLatents, dict[str, str]]:
             facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except FileNotFoundError:
-        raise _DamagedError("are gone") from None
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise _DamagedError("are damaged") from error
     if not {"mean", "std"} <= tensors.keys() or facts.get("checksum") != _checksum(tensors):
@@ -313,7 +323,7 @@ def _read_entry(path: Path) -> tuple[StoredLatents, dict[str, str]]:
 
 
 def _write_entry(path: Path, latents: StoredLatents, facts: dict[str, str], state: list[int]) -> None:
-    """Write under another name and rename, so that no half entry is ever seen; what a power cut leaves fails the checksum."""
+    """Write under another name and rename, so that no half entry is seen; what a power cut leaves fails the checksum."""
     from safetensors.torch import save
 
     tensors = {"mean": latents.mean, "std": latents.std}
