@@ -24,7 +24,8 @@ CONFIG = "configs/demo"
 OUTPUT = "demo_output"
 ADAPTER = "demo_lora"
 STRENGTHS = ("0.5", "1.0")
-SEED = "1"  # of pictures whose prompt line names none
+SEED = "1"  # of the first picture, where the prompt file names none
+SIDE = "64"  # pixels of a picture; the demo model knows no other size
 
 
 class StepFailed(Exception):
@@ -72,7 +73,7 @@ def training_step() -> Step:
 
 def picture_step(strength: str | None) -> Step:
     options = ["--ckpt", f"{CONFIG}/base", "--from_file", f"{CONFIG}/prompts.txt", "--seed", SEED]
-    options += ["--outdir", picture_folder(strength), "--sequential_file_name"]
+    options += ["--W", SIDE, "--H", SIDE, "--outdir", picture_folder(strength), "--sequential_file_name"]
     if strength is None:
         return Step(title="Pictures of the base model", command=["python", "gen_img_diffusers.py", *options])
     options += ["--network_module", "networks.lora", "--network_weights", f"{OUTPUT}/{ADAPTER}.safetensors"]
