@@ -33,7 +33,7 @@ def make_model(folder: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from library.checkpoints.tokenizers import build_tokenizer
+    from library.checkpoints.tokenizers import shipped_tokenizer
     from library.families.family import NOISE_SCHEDULE
     from library.families.sd1 import SD1
 
@@ -41,7 +41,7 @@ def make_model(folder: Path) -> None:
     StableDiffusionPipeline(
         vae=AutoencoderKL(**SD1.vae_config),
         text_encoder=CLIPTextModel(CLIPTextConfig(**SD1.text_encoder_config)),
-        tokenizer=build_tokenizer(SD1.pad_token),
+        tokenizer=shipped_tokenizer(SD1),
         unet=UNet2DConditionModel(**SD1.unet_config),
         scheduler=DDIMScheduler(**NOISE_SCHEDULE),
         safety_checker=None,
@@ -71,7 +71,7 @@ def make_dataset(folder: Path, size: int, batch: int) -> Path:
 def ours(settings: argparse.Namespace) -> list[float]:
     """Seconds of every step of our own loop."""
     from library.cli.training import parse_training, training_options
-    from library.training.assembly import build_loop, latent_cache
+    from library.training.assembly import build_loop, with_latents
     from library.training.planning import plan_run
     from library.training.trainer import train_step
 
@@ -81,7 +81,7 @@ def ours(settings: argparse.Namespace) -> list[float]:
         f"--max_train_steps {settings.steps + WARM_UP} --mixed_precision {settings.precision}"
     ).split() + (["--gradient_checkpointing"] if settings.checkpointing else [])
     run = plan_run(training_options(parse_training(argv)))
-    parts = build_loop(run, latent_cache(run))
+    parts = build_loop(*with_latents(run))
     return timed(lambda step: train_step(parts, step), settings.steps)
 
 

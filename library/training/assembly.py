@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.dataset.batches import Batch, BatchAddress, TrainingBatches, load_batches
+from library.dataset.caches import LatentCache, build_latent_cache, encode_posterior
 from library.dataset.report import dataset_metadata
 from library.diffusion.noise import NoiseOptions, SampleDraws, draw_sample
 from library.diffusion.schedule import NoiseSchedule
@@ -26,15 +27,13 @@ from library.training.module import FrozenParts, TrainableModule
 from library.training.optimizers import is_schedule_free
 from library.training.planning import DTYPES, PlannedRun, attached_network
 from library.training.previews import draw_previews, previews_due
-from library.training.progress import Progress
+from library.training.progress import CountBar, Progress
 from library.training.saving import RunFiles
 from library.training.tracking import Tracker
 from library.training.trainer import LoopParts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from library.dataset.caches import LatentCache
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,30 @@ def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
     )
 
 
-def latent_cache(run: PlannedRun) -> LatentCache | None:
-    """Encode every image once, if that was asked for, with a VAE that is freed afterwards."""
-    if not run.options.dataset.caches_latents:
-        return None
-    from library.dataset.caches import build_latent_cache
+def with_latents(run: PlannedRun) -> tuple[PlannedRun, LatentCache | None]:
+    """Encode every image once, if that was asked for, with a VAE that is freed afterwards.
 
-    vae = _load_vae(run)
-    return build_latent_cache(run.dataset, vae, run.base.vae_fingerprint(), say=run.say)
+    Returns:
+        The run, without images that turned out to be unreadable (where the user chose to skip them), and the cache.
+    """
+    if not run.options.dataset.caches_latents:
+        return run, None
+    accelerator = run.accelerator
+    cache = build_latent_cache(
+        run.dataset,
+        _load_vae(run),
+        run.base.vae_fingerprint(),
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        say=run.say,
+        progress=CountBar("caching latents", shown=accelerator.is_main_process),
+    )
+    bad = list(cache.bad_images.items())
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        bad = gather_object(bad)
+    return (run.without(dict(bad)) if bad else run), cache
 
 
 def latents_of(batch: Batch, *, vae: Any, chunk: int) -> tuple[Tensor, Tensor]:
@@ -114,10 +129,8 @@ def latents_of(batch: Batch, *, vae: Any, chunk: int) -> tuple[Tensor, Tensor]:
         return batch.latent_mean, batch.latent_std
     if batch.pixels is None:
         raise ValueError("a batch has neither latents nor pixels")
-    with torch.no_grad():
-        posteriors = [vae.encode(pixels).latent_dist for pixels in batch.pixels.split(chunk)]
-    mean = torch.cat([posterior.mean for posterior in posteriors])
-    return mean, torch.cat([posterior.std for posterior in posteriors])
+    means, spreads = zip(*(encode_posterior(vae, pixels) for pixels in batch.pixels.split(chunk)), strict=True)
+    return torch.cat(means), torch.cat(spreads)
 
 
 def _load_vae(run: PlannedRun) -> Any:
@@ -220,14 +233,12 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
 
 def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[int, int | None], None] | None:
     """What draws previews after (step, epoch ended), on the first process; None where no prompts are given."""
-    options = run.options.previews
-    if options.prompts is None:
+    options, requests = run.options.previews, run.preview_requests
+    if not requests:
         return None
     from library.generation.pipeline import Pipeline, PipelineModels
-    from library.generation.prompt_options import read_sample_prompts
 
     parts = module.parts
-    requests = read_sample_prompts(options.prompts, sampler=options.sampler, clip_skip=run.options.captions.clip_skip)
     pipeline = Pipeline(
         PipelineModels(
             denoiser=parts.denoiser,

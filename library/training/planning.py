@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,8 @@ from library.training.plan import PlanFacts, RunLength, run_length
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+
+    from library.generation.requests import ImageRequest
 
 DENOISER_FACTOR = 8  # a U-Net of four levels halves a latent's sides three times
 
@@ -36,11 +40,20 @@ class PlannedRun:
     length: RunLength
     seed: int
     started_at: float
+    preview_requests: Sequence[ImageRequest] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the base model's weights and arithmetic."""
         return DTYPES[self.options.compute.mixed_precision]
+
+    def without(self, bad_images: Mapping[Path, str]) -> PlannedRun:
+        """The run without images that cannot be read; its length follows."""
+        dataset = self.dataset.without(bad_images.items())
+        batches = dataset.batches_per_epoch(self.accelerator.num_processes)
+        length = run_length(self.options.length, batches)
+        self.say(f"{len(bad_images)} images are left out: {length.steps} steps, {length.steps_per_epoch} in an epoch")
+        return replace(self, dataset=dataset, length=length)
 
     def say(self, text: str) -> None:
         """Print on the first process only."""
@@ -67,6 +80,7 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     prepare.check_rates(options, len(family.text_encoder_prefixes))
     factor = family.latent_factor
     dataset = scan_dataset(options.dataset, latent_factor=factor, size_multiple=factor * DENOISER_FACTOR)
+    seed = _common_seed(options, accelerator)
     return PlannedRun(
         options=options,
         accelerator=accelerator,
@@ -74,9 +88,28 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
         prediction_type=prediction_type,
         dataset=dataset,
         length=run_length(options.length, dataset.batches_per_epoch(accelerator.num_processes)),
-        seed=_common_seed(options, accelerator),
+        seed=seed,
         started_at=time.time(),
+        preview_requests=_preview_requests(options, seed),
     )
+
+
+def _preview_requests(options: TrainingOptions, seed: int) -> list[ImageRequest]:
+    """The pictures of --sample_prompts; sizes, steps and scale as sd-scripts has them by default."""
+    if options.previews.prompts is None:
+        return []
+    from library.generation.planning import ImageDefaults, preview_requests
+    from library.generation.prompt_options import read_preview_prompts
+
+    defaults = ImageDefaults(
+        width=512,
+        height=512,
+        steps=30,
+        scale=7.5,
+        sampler=options.previews.sampler,
+        clip_skip=options.captions.clip_skip,
+    )
+    return preview_requests(read_preview_prompts(options.previews.prompts), defaults, seed=seed)
 
 
 def _common_seed(options: TrainingOptions, accelerator: Accelerator) -> int:
@@ -90,7 +123,7 @@ def _common_seed(options: TrainingOptions, accelerator: Accelerator) -> int:
 
 
 def skeleton_network(run: PlannedRun) -> Any:
-    """The network on modules without weights: its arguments are checked, and its size is known, before anything is loaded."""
+    """The network on modules without weights: arguments are checked and sizes known before anything is loaded."""
     meta = torch.device("meta")
     encoders = run.base.load_text_encoders(dtype=torch.float32, device=meta)
     unet = run.base.load_denoiser(dtype=torch.float32, device=meta)
@@ -120,7 +153,7 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
         length=run.length,
         processes=run.accelerator.num_processes,
         batch_sizes=[settings.batch_size for settings in run.dataset.settings],
-        dataset_lines=report_lines(run.dataset),
+        dataset_lines=report_lines(run.dataset, processes=run.accelerator.num_processes, epochs=run.length.epochs),
         network_lines=prepare.network_lines(network, run.options.network),
         rates=prepare.part_rates(run.options.optimizer, run.options.network),
         optimizer=run.options.optimizer.type,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.devices import compute_dtype, why_no_xformers
 from library.errors import UserError, raise_all
-from library.training.optimizers import build_optimizer, optimizer_class, optimizer_kind, optimizer_settings
+from library.training.optimizers import build_optimizer, optimizer_class, optimizer_settings
 from library.training.options import ComputeOptions, NetworkOptions, OptimizerOptions, TrainingOptions
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _row_text(title: str, modules: int, parameters: int, row: Any) -> str:
 
 
 def data_workers(wanted: int) -> int:
-    """Processes that prepare batches: as many as wanted, but one processor less than there are, so that the step keeps one."""
+    """Processes that prepare batches: as many as wanted, but one processor is left to the step."""
     import os
 
     return min(wanted, max(0, (os.cpu_count() or 1) - 1))

@@ -75,6 +75,28 @@ class Progress:
         return time.perf_counter() - self._started
 
 
+@dataclass
+class CountBar:
+    """Progress of a job of known size: a bar on a terminal, one line at the end elsewhere. Called with (done, total)."""
+
+    title: str
+    shown: bool = True
+    _bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.shown:
+            return
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = self._bar or tqdm(total=total, desc=self.title, dynamic_ncols=True)
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self._bar.close()
+        elif done == total:
+            print(f"{self.title}: {done} of {total}", flush=True)
+
+
 def clock(seconds: float) -> str:
     """A duration as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)

@@ -5,7 +5,7 @@ options -> plan (printed) -> caches -> base model -> network -> loop -> file; ea
 
 from __future__ import annotations
 
-from library.training.assembly import build_loop, latent_cache
+from library.training.assembly import build_loop, with_latents
 from library.training.options import TrainingOptions
 from library.training.plan import plan_text
 from library.training.planning import PlannedRun, plan_facts, plan_run, skeleton_network
@@ -35,7 +35,8 @@ def run_training(options: TrainingOptions) -> int:
         return 0
     check_output_folder(options.saving, sum(parameter.numel() * 4 for parameter in skeleton.parameters()))
     del skeleton
-    parts = build_loop(run, latent_cache(run))
+    run, latents = with_latents(run)
+    parts = build_loop(run, latents)
     try:
         return finish(run, parts, run_loop(parts))
     finally:

@@ -157,7 +157,7 @@ def verify_saved(path: Path, state: Mapping[str, Any], dtype: Any) -> None:
     Raises:
         UserError: the file is not what was meant; it stays for inspection.
     """
-    from library.checkpoints.tensor_file import open_tensor_file
+    from library.checkpoints.tensor_files import open_tensor_file
 
     file = open_tensor_file(path)
     keys = file.keys()

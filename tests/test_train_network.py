@@ -1,0 +1,384 @@
+"""train_network.py from the command line: what it trains, writes, says and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.support.command_lines import (
+    ENVIRONMENT,
+    ROOT,
+    assert_refused,
+    dataset_file,
+    draw_images,
+    run_script,
+    train_here,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("data") / "images", 6)
+
+
+@pytest.fixture(scope="module")
+def dataset(images) -> Path:
+    return dataset_file(images.parent / "dataset.toml", images, dataset="resolution = 64\nbatch_size = 2")
+
+
+@pytest.fixture
+def train(capsys, tmp_path, tiny_sd1_folder, dataset):
+    """Runs a short training with given options on top of the usual ones, and returns (how it ended, output folder)."""
+
+    def run(*options: object, out: str = "out", **named: object):
+        arguments: dict[str, object] = {
+            "pretrained_model_name_or_path": tiny_sd1_folder,
+            "dataset_config": dataset,
+            "output_dir": tmp_path / out,
+            "output_name": "mine",
+            "network_module": "networks.lora",
+            "learning_rate": 1e-2,
+            "max_train_steps": 3,
+            "seed": 7,
+            "max_data_loader_n_workers": 0,
+        } | named
+        flat = [part for name, value in arguments.items() if value is not None for part in (f"--{name}", str(value))]
+        return train_here(capsys, *flat, *options), tmp_path / out
+
+    return run
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+DOCUMENTED = (
+    "--save_model_as=safetensors --prior_loss_weight=1.0 --optimizer_type=AdamW8bit --xformers --mixed_precision=no "
+    "--cache_latents --gradient_checkpointing --save_every_n_epochs=1"
+)
+
+
+def test_the_command_line_of_the_documentation_trains_a_lierla_lora(train):
+    finished, out = train(
+        *DOCUMENTED.split(),
+        max_train_steps=6,
+        network_module="network.lora",
+    )
+    finished.require_success()
+    assert sorted(path.name for path in out.iterdir()) == ["mine-000001.safetensors", "mine.safetensors"]
+    tensors = load_file(out / "mine.safetensors")
+    modules = {key.split(".")[0] for key in tensors}
+    assert len([name for name in modules if name.startswith("lora_te_")]) == 18  # three layers of six
+    assert len([name for name in modules if name.startswith("lora_unet_")]) == 192
+    assert all(tensors[f"{name}.alpha"] == 1 for name in modules)
+    assert all(tensors[f"{name}.lora_down.weight"].shape[0] == 4 for name in modules)
+    ups = torch.stack([tensors[f"{name}.lora_up.weight"].abs().max() for name in modules])
+    assert (ups > 0).all(), "every module has learned"
+    assert "xformers is not installed" in finished.out or "xformers has no kernels" in finished.out
+    assert finished.last_line == f"saved {out / 'mine.safetensors'} (re-opened and compared: equal to what was trained)"
+
+
+def test_the_file_carries_the_metadata_of_the_ecosystem_and_true_hashes(train):
+    _, out = train("--network_args", "conv_dim=2", "conv_alpha=0.5", network_dim=8, network_alpha=4)
+    path = out / "mine.safetensors"
+    metadata = header(path)
+    assert metadata["ss_network_dim"] == "8"
+    assert metadata["ss_network_alpha"] == "4.0"
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "0.5"}
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["ss_steps"] == "3"
+    assert metadata["ss_seed"] == "7"
+    assert metadata["ss_optimizer"].startswith("torch.optim.adamw.AdamW")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.resolution"] == "64x64"
+    assert json.loads(metadata["ss_tag_frequency"])["images"]["sks thing"] == 6
+    content = path.read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+
+
+def test_minimal_metadata_keeps_what_readers_need(train):
+    _, out = train("--no_metadata")
+    metadata = header(out / "mine.safetensors")
+    assert {name for name in metadata if name.startswith("ss_")} == {
+        "ss_v2",
+        "ss_base_model_version",
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+    }
+
+
+def equal(first: Path, second: Path) -> bool:
+    one, other = load_file(first / "mine.safetensors"), load_file(second / "mine.safetensors")
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_same_command_gives_the_same_weights_with_any_number_of_workers(train):
+    options = ("--shuffle_caption", "--flip_aug", "--caption_dropout_rate", 0.3, "--network_dropout", 0.2)
+    folders = [train(*options, out=f"{workers}", max_data_loader_n_workers=workers)[1] for workers in (0, 0, 2)]
+    assert equal(folders[0], folders[1])
+    assert equal(folders[0], folders[2])
+    assert not equal(folders[0], train(*options, out="other", seed=8)[1])
+
+
+def difference(first: Path, second: Path) -> float:
+    """Relative Frobenius difference of all trained tensors."""
+    one, other = load_file(first / "mine.safetensors"), load_file(second / "mine.safetensors")
+    apart = sum((one[key] - other[key]).double().pow(2).sum() for key in one)
+    return float((apart / sum(one[key].double().pow(2).sum() for key in one)).sqrt())
+
+
+def test_cached_latents_change_nothing_in_memory_or_on_disk(train, images):
+    _, plain = train(out="plain")
+    _, memory = train("--cache_latents", out="memory")
+    _, disk = train("--cache_latents_to_disk", out="disk")
+    _, again = train("--cache_latents_to_disk", out="again")
+    assert equal(disk, again)
+    assert equal(memory, disk)
+    assert difference(plain, memory) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    _, plain = train("--network_dropout", 0.3, out="plain", optimizer_type="SGD")
+    _, saving = train("--network_dropout", 0.3, "--gradient_checkpointing", out="saving", optimizer_type="SGD")
+    assert difference(plain, saving) < 1e-6
+
+
+def test_only_the_chosen_part_is_trained_and_saved(train):
+    for option, prefix in (
+        ("--network_train_unet_only", "lora_unet_"),
+        ("--network_train_text_encoder_only", "lora_te_"),
+    ):
+        _, out = train(option, out=prefix)
+        assert all(key.startswith(prefix) for key in load_file(out / "mine.safetensors"))
+
+
+def test_a_rate_of_zero_leaves_its_part_as_it_is(train):
+    _, out = train(text_encoder_lr=0)
+    tensors = load_file(out / "mine.safetensors")
+    ups = {key: value for key, value in tensors.items() if "lora_up" in key}
+    assert all((value == 0).all() for key, value in ups.items() if key.startswith("lora_te_"))
+    assert all((value != 0).any() for key, value in ups.items() if key.startswith("lora_unet_"))
+
+
+def test_training_goes_on_from_the_weights_of_a_file(train):
+    _, first = train(out="first")
+    _, second = train(
+        "--network_weights",
+        first / "mine.safetensors",
+        "--dim_from_weights",
+        out="second",
+        max_train_steps=1,
+        learning_rate=1e-9,
+    )
+    assert difference(first, second) < 1e-4
+
+
+def test_files_are_saved_at_their_steps_and_the_old_ones_removed(train):
+    _, out = train("--save_every_n_steps", 1, "--save_last_n_steps", 1, max_train_steps=5)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "mine-step00000003.safetensors",
+        "mine-step00000004.safetensors",
+        "mine.safetensors",
+    ]
+
+
+def test_saved_precision_is_the_one_that_was_asked_for(train):
+    _, out = train("--save_precision", "fp16")
+    assert {tensor.dtype for tensor in load_file(out / "mine.safetensors").values()} == {torch.float16}
+
+
+def test_previews_and_curves_are_drawn_and_change_nothing(train, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two\nsks thing --w 64 --h 64 --s 2 --d 1\na thing --n bad --w 64 --h 64 --s 2 --l 1\n")
+    _, plain = train("--network_dropout", 0.3, out="plain")
+    finished, out = train(
+        *("--network_dropout", 0.3, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--sample_at_first"),
+        *("--logging_dir", tmp_path / "logs", "--log_prefix", "run_"),
+        out="previews",
+    )
+    finished.require_success()
+    assert equal(plain, out)
+    pictures = sorted(path.name for path in (out / "sample").iterdir())
+    assert [name[:15] for name in pictures] == ["mine_000000_00_", "mine_000000_01_", "mine_000002_00_", "mine_000002_01_"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "logs").glob("run_*/network_train")
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("loss/current")] == [1, 2, 3]
+    assert events.Scalars("lr/textencoder")[0].value == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd2_folder", "tiny_sd2_v_folder"])
+def test_sd2_trains_with_what_it_predicts(train, request, kind):
+    finished, out = train("--v2", pretrained_model_name_or_path=request.getfixturevalue(kind))
+    finished.require_success()
+    assert header(out / "mine.safetensors")["ss_base_model_version"] == ("sd_v2_v" if "v_folder" in kind else "sd_v2")
+    assert ("predicts the velocity" in finished.out) == ("v_folder" in kind)
+
+
+def test_bf16_trains_on_a_cpu_with_an_adapter_in_fp32(train):
+    finished, out = train("--mixed_precision", "bf16")
+    finished.require_success()
+    assert {tensor.dtype for tensor in load_file(out / "mine.safetensors").values()} == {torch.float32}
+
+
+def test_the_plan_tells_what_the_run_does(train):
+    finished, out = train("--plan_only", "--huber_c", 0.2, "--network_args", "conv_dim=2", gradient_accumulation_steps=2)
+    finished.require_success()
+    assert not out.exists(), "a plan writes nothing"
+    for part in (
+        "3 steps of 2 images x 2 micro-batches: 1 epochs and 1 steps of 2 steps",
+        "predicts the noise",
+        "--huber_c has no effect: --loss_type is not huber",
+        "278 modules",
+    ):
+        assert part in finished.out, finished.out
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, tmp_path, tiny_sd1_folder, optimizer):
+    """With buckets of 3 and 2 images, batches of 2 x 1 or 1 x 2 leave incomplete ones."""
+    images = draw_images(tmp_path / "two", 5, [(64, 64), (128, 64)])
+    buckets = "resolution = 96\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 128\nbatch_size = {}"
+    options = ["--optimizer_type", optimizer, "--network_train_unet_only"]
+    one = dataset_file(tmp_path / "one.toml", images, dataset=buckets.format(2))
+    finished, single = train(*options, out="single", dataset_config=one, max_train_steps=4)
+    finished.require_success()
+    two = dataset_file(tmp_path / "two.toml", images, dataset=buckets.format(1))
+    arguments = {
+        "pretrained_model_name_or_path": tiny_sd1_folder,
+        "dataset_config": two,
+        "output_dir": tmp_path / "double",
+        "output_name": "mine",
+        "network_module": "networks.lora",
+        "learning_rate": 1e-2,
+        "max_train_steps": 4,
+        "seed": 7,
+        "max_data_loader_n_workers": 0,
+    }
+    flat = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [*launch[:-2], "--standalone"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train_network.py"), *flat, *options],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 steps of 2 x 1 images" in done.stdout
+    assert done.stdout.count("saved ") == 1, "one process speaks"
+    assert difference(single, tmp_path / "double") < (1e-6 if optimizer == "SGD" else 1e-3)
+
+
+def test_ctrl_c_ends_the_step_and_saves_the_work(tmp_path, tiny_sd1_folder, dataset):
+    arguments = [
+        *("--pretrained_model_name_or_path", tiny_sd1_folder, "--dataset_config", dataset, "--output_dir", tmp_path / "out"),
+        *("--output_name", "mine", "--network_module", "networks.lora", "--learning_rate", "1e-3"),
+        *("--max_train_steps", "100000", "--seed", "1", "--max_data_loader_n_workers", "1"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "train_network.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    (saved,) = (tmp_path / "out").iterdir()
+    assert f"stopped by Ctrl-C; saved {saved}" in out
+    assert saved.name.startswith("mine-step")
+    assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
+
+
+def test_weights_that_are_not_numbers_are_never_written(train):
+    finished, out = train(learning_rate=1e38, optimizer_type="SGD", max_train_steps=4)
+    assert finished.status == 2
+    assert "finite" in finished.err
+    assert not list(out.glob("*.safetensors"))
+
+
+BAD = {
+    "no dataset file": ({"dataset_config": "none.toml"}, ["none.toml"]),
+    "no model": ({"pretrained_model_name_or_path": "/none/model.safetensors"}, ["/none/model.safetensors"]),
+    "unknown module": ({"network_module": "networks.lroa"}, ["--network_module networks.lroa", "networks.lora"]),
+    "unknown optimizer": ({"optimizer_type": "AdamV"}, ["did you mean AdamW"]),
+    "unknown schedule": ({"lr_scheduler": "cosin"}, ["did you mean cosine"]),
+    "unknown network argument": ({"network_args": "conv_dmi=4"}, ["conv_dmi", "conv_dim"]),
+    "rate of zero": ({"learning_rate": 0}, ["nothing would be trained"]),
+    "fp16 on a CPU": ({"mixed_precision": "fp16"}, ["needs a GPU", "bf16"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_input_is_a_sentence_before_anything_is_written(train, name):
+    options, parts = BAD[name]
+    finished, out = train(**options)
+    assert_refused(finished, *parts)
+    assert not out.exists()
+
+
+def test_an_sd1_model_is_not_trained_as_sd2(train):
+    finished, _ = train("--v2")
+    assert_refused(finished, "--v2", "Stable Diffusion 1")
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_training(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    finished, _ = train(output_dir=tmp_path / "file")
+    assert_refused(finished, f"--output_dir {tmp_path / 'file'}: is a file")
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys, train_network; train_network.main(['--help'])"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert "--pretrained_model_name_or_path" in done.stdout
+    assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " diffusers", " transformers"))]
+
+
+def test_a_run_prints_no_warning_of_any_library(tmp_path, tiny_sd1_folder, dataset):
+    finished = run_script(
+        "train_network.py",
+        *("--pretrained_model_name_or_path", tiny_sd1_folder, "--dataset_config", dataset, "--output_dir", tmp_path / "out"),
+        *(
+            "--network_module",
+            "networks.lora",
+            "--learning_rate",
+            "1e-3",
+            "--max_train_steps",
+            1,
+            "--optimizer_type",
+            "AdamW8bit",
+        ),
+        *("--cache_latents", "--logging_dir", tmp_path / "logs"),
+    ).require_success()
+    assert finished.err == ""
+    assert "warning" not in finished.out.lower()
