@@ -13,6 +13,7 @@ from library.training.optimizers import OPTIMIZERS, build_optimizer, optimizer_c
 INSTALLED = [name for name, kind in OPTIMIZERS.items() if importlib.util.find_spec(kind.path.split(".")[0])]
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", INSTALLED)
 def test_an_optimizer_changes_the_weights_it_is_given(name):
     parameter = torch.nn.Parameter(torch.ones(64, 64))
@@ -33,10 +34,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name):
 
 
 def test_nesterov_sgd_has_its_momentum_unless_told_otherwise():
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    build = lambda given: build_optimizer(
-        "SGDNesterov", [{"params": [parameter]}], 0.1, optimizer_settings("SGDNesterov", given)
-    )  # noqa: E731
+    def build(given):
+        parameters = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+        return build_optimizer("SGDNesterov", parameters, 0.1, optimizer_settings("SGDNesterov", given))
+
     assert build({}).defaults["nesterov"]
     assert build({}).defaults["momentum"] == 0.9
     assert build({"momentum": 0.5}).defaults["momentum"] == 0.5
