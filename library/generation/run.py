@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -144,7 +144,12 @@ def _check_family(file: Path, base_model: BaseModelFiles) -> None:
 
     where = f"--network_weights {file}"
     adapter = open_tensor_file(file)
-    family = family_of_adapter(adapter.shapes(), metadata=adapter.metadata, where=where)
+    try:
+        family = family_of_adapter(adapter.shapes(), metadata=adapter.metadata, where=where)
+    except UserError as error:
+        if "does not say" in error.what:  # then its shapes decide when it is loaded
+            return
+        raise
     if family.name != base_model.family.name:
         raise UserError(
             f"is an adapter for {family.title}, and the base model is {base_model.family.title}",
@@ -201,9 +206,20 @@ def attach_networks(options: GenerationOptions, models: Any) -> list[Any]:
             network.merge_to(models.text_encoders, models.denoiser, weights, parameter.dtype, parameter.device)
             continue
         network.apply_to(models.text_encoders, models.denoiser)
-        network.load_state_dict(weights, strict=False)
+        _load(network, weights, use.file)
         networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
     return networks
+
+
+def _load(network: Any, weights: Mapping[str, Any], file: Path) -> None:
+    """Give a network its tensors; those it has no place for are an error, whoever wrote the network."""
+    unexpected = getattr(network.load_state_dict(weights, strict=False), "unexpected_keys", ())
+    if unexpected:
+        raise UserError(
+            f"{len(unexpected)} of its {len(weights)} tensors have no place in the network ({unexpected[0]}, ...)",
+            where=f"--network_weights {file}",
+            remedy="give the module it was trained with as --network_module",
+        )
 
 
 def _use_xformers(denoiser: Any, device: torch.device) -> None:

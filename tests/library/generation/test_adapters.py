@@ -1,0 +1,83 @@
+"""An adapter file acts in our pipeline as it does in diffusers with peft."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+
+from library.generation.options import GenerationOptions, ModelOptions, NetworkUse, PictureOptions
+from library.generation.pipeline import Pipeline, PipelineModels
+from library.generation.requests import ImageRequest
+from library.generation.run import attach_networks
+from networks import lora
+from tests.library.generation.conftest import tiny_models
+from tests.library.generation.diffusers_reference import ROUNDING, diffusers_picture
+
+ASKED = ImageRequest(prompt="a red cat", negative_prompt="blurry", width=64, height=64, seed=1, steps=3)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, sd1_models):
+    """Two LoRA files with convolutions, whose every tensor acts."""
+    folder = tmp_path_factory.mktemp("adapters")
+    paths = []
+    for number in range(2):
+        network = lora.create_network(
+            1.0, 4, 2, sd1_models.vae, sd1_models.text_encoders, sd1_models.denoiser, conv_dim="4", conv_alpha="4"
+        )
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "lora_up" in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        paths.append(folder / f"adapter{number}.safetensors")
+        network.save_weights(paths[-1], torch.float32, None)
+    return paths
+
+
+@pytest.fixture
+def models(sd1_models) -> PipelineModels:
+    return PipelineModels(
+        **vars(sd1_models)
+        | {"denoiser": deepcopy(sd1_models.denoiser), "text_encoders": [deepcopy(sd1_models.text_encoders[0])]}
+    )
+
+
+def draw(models, files, strengths, *, merge=False):
+    options = GenerationOptions(
+        model=ModelOptions(path="tiny"),
+        pictures=PictureOptions(prompt="a"),
+        output_folder=files[0].parent,
+        networks=tuple(NetworkUse(file=f, strength=s) for f, s in zip(files, strengths, strict=True)),
+        merge_networks=merge,
+    )
+    attach_networks(options, models)
+    (picture,) = Pipeline(models).generate([ASKED])
+    return np.asarray(picture) / 255
+
+
+def peft_picture(models, files, strengths):
+    def load(pipeline):
+        for number, file in enumerate(files):
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"a{number}")
+        pipeline.set_adapters([f"a{number}" for number in range(len(files))], adapter_weights=list(strengths))
+        return {}
+
+    return diffusers_picture(models, ASKED, load)
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (0.5,), (-0.7,), (1.0, 0.4)])
+@pytest.mark.parametrize("merge", [False, True])
+def test_pictures_with_adapters_are_those_of_diffusers(sd1_models, models, files, strengths, merge):
+    used = files[: len(strengths)]
+    picture = draw(models, used, strengths, merge=merge)
+    expected = peft_picture(tiny_models("sd1"), used, strengths)
+    (plain,) = Pipeline(sd1_models).generate([ASKED])
+    assert np.abs(np.asarray(plain) / 255 - picture).mean() > 0.01, "the adapter must act, or this test says nothing"
+    assert np.abs(picture - expected).max() <= ROUNDING
+
+
+def test_a_strength_of_zero_is_the_base_model(sd1_models, models, files):
+    (plain,) = Pipeline(sd1_models).generate([ASKED])
+    assert np.array_equal(np.asarray(plain) / 255, draw(models, files[:1], (0.0,)))
