@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.errors import UserError
 from library.families.family import ModelFamily
 
 if TYPE_CHECKING:
@@ -57,3 +58,18 @@ def shipped_tokenizer(family: ModelFamily) -> CLIPTokenizer:
         pad_token=family.pad_token,
         model_max_length=MAX_TOKENS,
     )
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A model folder's own tokenizer.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the tokenizer cannot be read ({reason})", where=str(folder)) from None

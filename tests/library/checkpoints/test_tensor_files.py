@@ -1,4 +1,4 @@
-"""Tensor files: what is read is what was saved, nothing in a file is run, what is no tensor file is told so in one sentence."""
+"""Tensor files: read as saved, nothing in a file is run, and what is no tensor file is told so in one sentence."""
 
 from __future__ import annotations
 

@@ -1,0 +1,138 @@
+"""The configuration of a model part from the shapes of its tensors in the original layout.
+
+Everything but three things shows in the shapes. Those three follow the family's published models: the number of attention heads
+(`ModelFamily.attention_heads`, `heads_of_64` for text), the groups of the norms (32), and the activation function. For a model
+that differs in them, our own converter writes the difference into the file's metadata (`CONFIG_KEY`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from library.errors import UserError
+from library.families.family import ModelFamily, heads_of_64
+
+Shapes = Mapping[str, tuple[int, ...]]
+Config = dict[str, Any]
+
+CONFIG_KEY = "lora_toolkit.model_config"
+"""Metadata of a checkpoint: JSON, part -> what its shapes do not tell."""
+
+
+def config_hints(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
+    """What a checkpoint's metadata say about its parts ("unet", "vae", "text_encoder").
+
+    Raises:
+        UserError: where the entry is there but is not what our converter writes.
+    """
+    text = metadata.get(CONFIG_KEY)
+    if text is None:
+        return {}
+    try:
+        hints = json.loads(text)
+    except ValueError:
+        hints = None
+    if not isinstance(hints, dict) or not all(isinstance(hint, dict) for hint in hints.values()):
+        raise UserError(f"its metadata entry {CONFIG_KEY} is not JSON of our converter", where=where)
+    return hints
+
+
+def config_differences(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> Config:
+    """What has to be written as hints so that `inferred` together with them is `config`."""
+    return {key: config[key] for key, value in inferred.items() if key in config and _plain(config[key]) != _plain(value)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _count(shapes: Iterable[str], pattern: str) -> int:
+    """How many different numbers the pattern's group takes among the keys."""
+    found = re.compile(pattern)
+    return len({match[1] for match in map(found.match, shapes) if match})
+
+
+def _needed(shapes: Shapes, key: str) -> tuple[int, ...]:
+    if key not in shapes:
+        raise KeyError(key)
+    return shapes[key]
+
+
+def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> Config:
+    """The configuration of "unet", "vae" or "text_encoder" from shapes by key, relative to the part.
+
+    Raises:
+        UserError: where a tensor is missing without which the size is unknown.
+    """
+    infer: Mapping[str, Callable[[Shapes, ModelFamily], Config]] = {
+        "unet": _unet_config,
+        "vae": _vae_config,
+        "text_encoder": _text_encoder_config,
+    }
+    try:
+        return infer[part](shapes, family)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"lacks tensors of its {part}, among them {error}", where=where, remedy="fetch it again") from None
+
+
+def _unet_config(shapes: Shapes, family: ModelFamily) -> Config:
+    resampled = sorted(
+        int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.weight$", key)) is not None
+    )
+    places = resampled[0]  # of a block: its layers and its downsampler
+    levels = len(resampled) + 1
+    channels = [_needed(shapes, f"input_blocks.{1 + places * level}.0.out_layers.3.weight")[0] for level in range(levels)]
+    attention = [f"input_blocks.{1 + places * level}.1.proj_in.weight" in shapes for level in range(levels)]
+    first = next(f"input_blocks.{1 + places * level}.1" for level in range(levels) if attention[level])
+    return {
+        **family.unet_config,
+        "in_channels": _needed(shapes, "input_blocks.0.0.weight")[1],
+        "out_channels": _needed(shapes, "out.2.weight")[0],
+        "layers_per_block": places - 1,
+        "block_out_channels": tuple(channels),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
+        "cross_attention_dim": _needed(shapes, f"{first}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "attention_head_dim": family.attention_heads(channels),
+        "use_linear_projection": len(_needed(shapes, f"{first}.proj_in.weight")) == 2,
+    }
+
+
+def _vae_config(shapes: Shapes, family: ModelFamily) -> Config:
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv2\.weight$")
+    if levels == 0:
+        raise KeyError("encoder.down.0.block.0.conv2.weight")
+    return {
+        **family.vae_config,
+        "in_channels": _needed(shapes, "encoder.conv_in.weight")[1],
+        "out_channels": _needed(shapes, "decoder.conv_out.weight")[0],
+        "latent_channels": _needed(shapes, "decoder.conv_in.weight")[1],
+        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv2\.weight$"),
+        "block_out_channels": tuple(
+            _needed(shapes, f"encoder.down.{level}.block.0.conv2.weight")[0] for level in range(levels)
+        ),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
+def _text_encoder_config(shapes: Shapes, family: ModelFamily) -> Config:
+    if family.text_encoder_layout == "clip":
+        tokens, positions = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
+        layer, inner = r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight$", "encoder.layers.0.mlp.fc1.weight"
+    else:
+        tokens, positions = "token_embedding.weight", "positional_embedding"
+        layer, inner = r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.weight$", "transformer.resblocks.0.mlp.c_fc.weight"
+    vocabulary, width = _needed(shapes, tokens)
+    return {
+        **family.text_encoder_config,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": _needed(shapes, inner)[0],
+        "num_hidden_layers": _count(shapes, layer) - family.text_layers_dropped,
+        "num_attention_heads": heads_of_64(width),
+        "max_position_embeddings": _needed(shapes, positions)[0],
+    }

@@ -1,0 +1,174 @@
+"""A part of a model: its configuration, where each of its tensors lies, and loading it without a second copy.
+
+The module is built on the meta device, where it takes no memory; each tensor is then read, converted and put in its place, so
+that at no time more than one tensor exists twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.tensor_files import TensorFile
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+UNET, VAE, TEXT_ENCODER = "unet", "vae", "text_encoder"
+PARTS = (UNET, VAE, TEXT_ENCODER)
+PART_TITLES: Mapping[str, str] = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder"}
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A tensor of a module in a file.
+
+    Attributes:
+        third: which third of the tensor's rows (queries, keys, values in one); None for all.
+    """
+
+    file: TensorFile
+    key: str
+    third: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.file.shape(self.key)
+        return shape if self.third is None else (shape[0] // 3, *shape[1:])
+
+    def read(self) -> Tensor:
+        tensor = self.file.read(self.key)
+        return tensor if self.third is None else tensor.chunk(3)[self.third].clone()
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What it takes to build one module.
+
+    Attributes:
+        kind: one of `PARTS`.
+        config: in the words of diffusers or transformers.
+        sources: the module's tensor names -> where they are; exactly those the module has.
+        where: the file or folder, for sentences.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    sources: Mapping[str, TensorSource]
+    where: str
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor names and shapes of the module that the configuration describes."""
+        return {name: tuple(tensor.shape) for name, tensor in self.build_empty().state_dict().items()}
+
+    def build_empty(self) -> nn.Module:
+        """The module on the meta device: structure without values."""
+        import torch
+
+        with torch.device("meta"):
+            return _module_of(self.kind, self.config)
+
+    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """The module with its values, frozen, in evaluation mode.
+
+        Raises:
+            UserError: where a tensor is missing, is not part of the module, or has another shape.
+        """
+        module = self.build_empty()
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        check_tensors(self, shapes)
+        for name, shape in shapes.items():
+            tensor = self.sources[name].read().reshape(shape)
+            tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            _put(module, name, tensor)
+        _fill_computed_buffers(module, self.kind, device)
+        return module.eval()
+
+
+def _module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    from library.quiet import quiet_libraries
+
+    quiet_libraries()
+    if kind == TEXT_ENCODER:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "architectures")}
+        return CLIPTextModel(CLIPTextConfig(**settings))
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    model_class = UNet2DConditionModel if kind == UNET else AutoencoderKL
+    return model_class.from_config(dict(config))
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    from torch import nn
+
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _fill_computed_buffers(module: nn.Module, kind: str, device: torch.device | str) -> None:
+    """Buffers that are computed and not saved: they were left on the meta device."""
+    import torch
+
+    if kind == TEXT_ENCODER:
+        embeddings: Any = module.get_submodule("embeddings")
+        count = embeddings.position_embedding.num_embeddings
+        embeddings.position_ids = torch.arange(count, device=device).expand((1, -1))
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if left:
+        raise RuntimeError(f"buffers without values: {left}")
+
+
+def same_up_to_ones(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one shape is the other with (1, 1) behind it: a matrix and a 1x1 convolution are the same weights."""
+    short, long = sorted((shape, other), key=len)
+    return long[: len(short)] == short and math.prod(long[len(short) :]) == 1
+
+
+def check_tensors(part: ModelPart, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor of the module has a source of its shape, and no source is left over.
+
+    Raises:
+        UserError: naming some of those at fault, as the file names them.
+    """
+    title = PART_TITLES[part.kind]
+    missing = [name for name in shapes if name not in part.sources]
+    if missing:
+        raise UserError(f"lacks {_some(missing)} of its {title}", where=part.where, remedy="fetch or convert it again")
+    extra = [source.key for name, source in part.sources.items() if name not in shapes]
+    if extra:
+        raise UserError(f"has tensors that its {title} has no place for: {_some(extra)}", where=part.where)
+    wrong = [
+        f"{source.key} is {source.shape} instead of {shapes[name]}"
+        for name, source in part.sources.items()
+        if not same_up_to_ones(source.shape, shapes[name])
+    ]
+    if wrong:
+        raise UserError(f"its {title} does not fit together: {_some(wrong)}", where=part.where)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def content_fingerprint(part: ModelPart) -> str:
+    """16 hex digits that stand for a part's values as saved: the same in a folder and in a single file."""
+    hasher = hashlib.sha256()
+    for name in sorted(part.sources):
+        import torch
+
+        tensor = part.sources[name].read()
+        hasher.update(f"{name}:{tensor.dtype}:".encode())
+        hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""The parts of a model in one file of the original layout, and what else the file holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from library.checkpoints.inferred_configs import config_hints, infer_config
+from library.checkpoints.ldm_keys import (
+    OLD_CLIP_PREFIX,
+    TEXT_PREFIXES,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    KeyTable,
+    modern_vae_name,
+    text_table,
+    unet_table,
+    vae_table,
+)
+from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart, TensorSource
+from library.checkpoints.tensor_files import TensorFile
+from library.errors import UserError
+from library.families.detect import family_of_checkpoint
+from library.families.family import EPSILON, V_PREDICTION, ModelFamily
+
+# Tensors that belong to no part by right: averages and schedules of training, counters, and CLIP's other half.
+_IGNORED = re.compile(
+    r"^model_ema\.|^(cond_stage_model\.model|first_stage_model)\.model_ema|^first_stage_model\.loss\.|^loss\.|^safety_checker\."
+    r"|position_ids$|\.attn_mask$|logit_scale$|text_projection(\.weight)?$|^(v_pred|ztsnr)$|^scale_factor$|^denoiser\.sigmas$"
+    r"|^(betas|logvar|lvlb_weights)$|^(alphas|sqrt|log_one_minus|posterior)_\w+$|^cond_stage_model\.transformer\.vision_model\."
+)
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a single file holds.
+
+    Attributes:
+        family: which models it is one of.
+        parts: by kind.
+        beside: keys that are known and belong to no part (averages, schedules, the text encoder's unused layer).
+        unmatched: keys that nobody knows.
+        prediction_type: what the file says it predicts; None where it does not say.
+    """
+
+    family: ModelFamily
+    parts: Mapping[str, ModelPart]
+    beside: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    prediction_type: str | None
+
+
+def read_checkpoint(file: TensorFile) -> CheckpointContent:
+    """Account for every key of a checkpoint.
+
+    Raises:
+        UserError: for files of other families or kinds, or without one of the parts.
+    """
+    where = str(file.path)
+    shapes = file.shapes()
+    family = family_of_checkpoint(shapes, where=where)
+    text_prefix = TEXT_PREFIXES[family.text_encoder_layout]
+    if not any(key.startswith(text_prefix) for key in shapes):
+        text_prefix = OLD_CLIP_PREFIX
+    parts = {
+        UNET: _part(file, UNET, UNET_PREFIX, family),
+        VAE: _part(file, VAE, VAE_PREFIX, family),
+        TEXT_ENCODER: _part(file, TEXT_ENCODER, text_prefix, family),
+    }
+    used = {source.key for part in parts.values() for source in part.sources.values()}
+    rest = [key for key in file.keys() if key not in used]
+    dropped = _dropped_text_layers(family, text_prefix, parts[TEXT_ENCODER])
+    beside = tuple(key for key in rest if _IGNORED.search(key) or key.startswith(dropped))
+    unmatched = tuple(key for key in rest if key not in set(beside))
+    return CheckpointContent(family, parts, beside, unmatched, _prediction_type_said(file))
+
+
+def _dropped_text_layers(family: ModelFamily, prefix: str, part: ModelPart) -> tuple[str, ...]:
+    """Beginnings of the keys of layers that the family leaves out."""
+    kept = part.config["num_hidden_layers"]
+    return tuple(f"{prefix}transformer.resblocks.{kept + number}." for number in range(family.text_layers_dropped))
+
+
+def _part(file: TensorFile, kind: str, prefix: str, family: ModelFamily) -> ModelPart:
+    shapes = {key.removeprefix(prefix): shape for key, shape in file.shapes().items() if key.startswith(prefix)}
+    where = str(file.path)
+    config = infer_config(kind, shapes, family, where) | config_hints(file.metadata, where).get(kind, {})
+    sources = dict(_sources(file, prefix, original_table(kind, config, family)))
+    return ModelPart(kind=kind, config=config, sources=sources, where=where)
+
+
+def original_table(kind: str, config: Mapping[str, object], family: ModelFamily) -> KeyTable:
+    """The table of names for one part of one model."""
+    if kind == UNET:
+        return unet_table(config)
+    if kind == VAE:
+        return vae_table(config)
+    layers = config["num_hidden_layers"]
+    if not isinstance(layers, int):
+        raise TypeError("num_hidden_layers is not a number")
+    return text_table(family.text_encoder_layout, layers)
+
+
+def _sources(file: TensorFile, prefix: str, table: KeyTable) -> Iterator[tuple[str, TensorSource]]:
+    for key in file.keys():
+        if not key.startswith(prefix) or _IGNORED.search(key):
+            continue
+        name = table.to_module(key.removeprefix(prefix))
+        if name is not None:
+            yield name, TensorSource(file, key)
+            continue
+        for third in range(3):
+            name = table.to_module(f"{key.removeprefix(prefix)}[{third}]")
+            if name is not None:
+                yield name, TensorSource(file, key, third)
+
+
+_SAID = {
+    "epsilon": EPSILON,
+    "eps": EPSILON,
+    "v": V_PREDICTION,
+    "v_prediction": V_PREDICTION,
+    "v-prediction": V_PREDICTION,
+}
+
+
+def _prediction_type_said(file: TensorFile) -> str | None:
+    """From the key that v-predicting fine-tunes carry, from ModelSpec's field, or from its architecture's name."""
+    if "v_pred" in file:
+        return V_PREDICTION
+    said = _SAID.get(file.metadata.get("modelspec.prediction_type", "").lower())
+    if said is None and file.metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v":
+        return V_PREDICTION
+    return said
+
+
+def vae_of_file(file: TensorFile, family: ModelFamily) -> ModelPart:
+    """The VAE of a file: a whole checkpoint, or a VAE alone in the original layout or in diffusers'.
+
+    Raises:
+        UserError: for files without one, and for models whose VAE is another one.
+    """
+    shapes, where = file.shapes(), str(file.path)
+    if any(key.startswith((UNET_PREFIX, "conditioner.")) for key in shapes):
+        family_of_checkpoint(shapes, where=where)  # SDXL's VAE has the same shapes, and other latents
+    prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
+    if f"{prefix}encoder.conv_in.weight" not in shapes:
+        raise UserError("holds no VAE", where=where, remedy="give a VAE file, a checkpoint, or a diffusers folder")
+    if f"{prefix}encoder.down_blocks.0.resnets.0.conv2.weight" in shapes:
+        part = _diffusers_vae(file, prefix, family)
+    else:
+        part = _part(file, VAE, prefix, family)
+    check_vae(part.config, family, where)
+    return part
+
+
+def _diffusers_vae(file: TensorFile, prefix: str, family: ModelFamily) -> ModelPart:
+    """A VAE file in diffusers' layout: its sizes are found by renaming it to the original one's names first."""
+    where = str(file.path)
+    names = {key: modern_vae_name(key.removeprefix(prefix)) for key in file.keys() if key.startswith(prefix)}
+    levels = 1 + max(int(match[1]) for name in names.values() if (match := re.match(r"encoder\.down_blocks\.(\d+)\.", name)))
+    layers = len(
+        [name for name in names.values() if re.match(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight$", name)]
+    )
+    table = vae_table({"block_out_channels": (0,) * levels, "layers_per_block": layers})
+    originals = {table.to_original(name): file.shape(key) for key, name in names.items()}
+    shapes = {original: shape for original, shape in originals.items() if original is not None}
+    config = infer_config(VAE, shapes, family, where) | config_hints(file.metadata, where).get(VAE, {})
+    return ModelPart(
+        kind=VAE,
+        config=config,
+        sources={name: TensorSource(file, key) for key, name in names.items()},
+        where=where,
+    )
+
+
+def check_vae(config: Mapping[str, object], family: ModelFamily, where: str) -> None:
+    """Refuse a VAE that loads but speaks of other latents.
+
+    Raises:
+        UserError: other channels, or another scale (SDXL's VAE has SD's shapes).
+    """
+    channels = config.get("latent_channels", family.latent_channels)
+    if channels != family.latent_channels:
+        raise UserError(f"its VAE has {channels} latent channels, not {family.latent_channels}", where=where)
+    scale = config.get("scaling_factor", family.latent_scale)
+    if scale != family.latent_scale:
+        raise UserError(
+            f"its VAE scales latents by {scale}, while {family.title} takes {family.latent_scale}",
+            where=where,
+            remedy="give a VAE of the same family",
+        )
