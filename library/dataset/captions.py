@@ -40,12 +40,6 @@ class CaptionSettings:
         """Whether captions are taken apart into tags at all."""
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether an image reads the same text every time."""
-        drops = self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
-        return not (self.handles_tags or self.enable_wildcard or drops)
-
 
 def process_caption(
     caption: str, settings: CaptionSettings, draws: random.Random, *, epoch: int, step: int = 0, max_train_steps: int = 0

@@ -178,7 +178,7 @@ def shift_hue(rgb: np.ndarray, steps: float) -> np.ndarray:
     """Turn all hues by steps of two degrees, OpenCV's unit for 8-bit hues (0..179)."""
     cv2 = opencv()
     hsv = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)
-    hsv[..., 0] = np.mod(np.rint(hsv[..., 0] + steps), 180).astype(np.uint8)
+    hsv[..., 0] = np.mod(np.rint(hsv[..., 0].astype(np.float32) + steps), 180).astype(np.uint8)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 

@@ -161,8 +161,8 @@ def load_tables(path: Path) -> dict[str, Any]:
         try:
             return read_toml(path, where=where)
         except UserError as error:
-            paths = "\\" in error.what or "escape" in error.what
-            remedy = "write folders with / or in 'single quotes'" if paths else error.remedy
+            backslashes = any(word in error.what for word in ("\\", "escape", "hex value"))
+            remedy = "write folders with / or in 'single quotes'" if backslashes else error.remedy
             raise UserError(error.what, where=where, remedy=remedy) from None
     if path.suffix.lower() != ".json":
         raise UserError("a dataset file ends in .toml or .json", where=where)
