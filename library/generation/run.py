@@ -37,16 +37,15 @@ def run_generation(options: GenerationOptions) -> int:
     quiet_libraries()
     started = time.perf_counter()
     base_model, lines = _checked(options)
-    prediction_type = base_model.prediction_type or "epsilon"
-    defaults = _defaults(options, base_model.family.default_resolution[prediction_type])
-    for note in rounding_notes(lines, defaults):
+    defaults = _defaults(options, base_model.family.default_resolution[base_model.resolved_prediction_type])
+    for note in _notes_on(base_model, options.model) + rounding_notes(lines, defaults):
         print(note)
     pictures = options.pictures
     seed = random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed
     requests = image_requests(
         lines, defaults, seed=seed, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations
     )
-    pipeline = load_pipeline(options, base_model, prediction_type)
+    pipeline = load_pipeline(options, base_model)
     count = _draw(pipeline, requests, options, _made_with(options, base_model))
     seconds = time.perf_counter() - started
     print(f"{count} picture{'s' * (count != 1)} in {options.output_folder} ({seconds:.1f} s)")
@@ -137,6 +136,20 @@ def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
 
 
+def _notes_on(base_model: BaseModelFiles, model: ModelOptions) -> list[str]:
+    """What is taken for granted about the base model."""
+    notes = []
+    unclear = base_model.prediction_type is None and len(base_model.family.prediction_types) > 1
+    if unclear and not model.v_parameterization:
+        notes.append(
+            f"{base_model.path} does not say what it predicts: noise is assumed; give --v_parameterization if that is wrong"
+        )
+    if base_model.unmatched:
+        first = base_model.unmatched[0]
+        notes.append(f"{base_model.path}: {len(base_model.unmatched)} tensors belong to no known part ({first}, ...)")
+    return notes
+
+
 def _check_family(file: Path, base_model: BaseModelFiles) -> None:
     """Refuse an adapter for another family by its widths, before anything is loaded."""
     from library.checkpoints.tensor_files import open_tensor_file
@@ -144,12 +157,10 @@ def _check_family(file: Path, base_model: BaseModelFiles) -> None:
 
     where = f"--network_weights {file}"
     adapter = open_tensor_file(file)
-    try:
-        family = family_of_adapter(adapter.shapes(), metadata=adapter.metadata, where=where)
-    except UserError as error:
-        if "does not say" in error.what:  # then its shapes decide when it is loaded
-            return
-        raise
+    # One that says nothing is taken to be for this model; its layers then decide when it is loaded.
+    ours = base_model.family.base_model_versions[base_model.resolved_prediction_type]
+    metadata = {"ss_base_model_version": ours} | adapter.metadata
+    family = family_of_adapter(adapter.shapes(), metadata=metadata, where=where)
     if family.name != base_model.family.name:
         raise UserError(
             f"is an adapter for {family.title}, and the base model is {base_model.family.title}",
@@ -158,7 +169,7 @@ def _check_family(file: Path, base_model: BaseModelFiles) -> None:
         )
 
 
-def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, prediction_type: str) -> Pipeline:
+def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pipeline:
     """Load the models, put the adapters on them, and make the pipeline.
 
     The VAE is loaded in fp32: in fp16 it overflows for some pictures, and it runs once per picture only.
@@ -169,18 +180,18 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, predic
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.model.precision]
     device = compute_device()
+    denoiser: Any = base_model.load_denoiser(dtype=dtype, device=device)
+    vae: Any = base_model.load_vae(dtype=torch.float32, device=device)
     models = PipelineModels(
-        denoiser=base_model.load_denoiser(dtype=dtype, device=device),
-        vae=base_model.load_vae(dtype=torch.float32, device=device),
+        denoiser=denoiser,
+        vae=vae,
         text_encoders=base_model.load_text_encoders(dtype=dtype, device=device),
         tokenizers=base_model.load_tokenizers(),
         latent_scale=base_model.family.latent_scale,
         latent_channels=base_model.family.latent_channels,
-        prediction_type=prediction_type,
+        prediction_type=base_model.resolved_prediction_type,
         zero_terminal_snr=options.model.zero_terminal_snr,
     )
-    for module in models.modules():
-        module.eval().requires_grad_(False)
     networks = attach_networks(options, models)
     if options.model.xformers:
         _use_xformers(models.denoiser, device)

@@ -1,0 +1,275 @@
+"""The command line of gen_img_diffusers.py: real runs on tiny models, and a sentence for every mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import gen_img_diffusers
+from library.checkpoints.base_model import open_base_model
+from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
+from library.cli.options import FLAG, all_options
+from library.generation.planning import image_seed
+from library.generation.png_info import read_recipe
+from networks import lora
+
+ROOT = Path(gen_img_diffusers.__file__).parent
+FROZEN = ROOT / "tests" / "library" / "generation" / "gen_img_diffusers_options.txt"
+OPTIONS = all_options(GENERATION_OPTIONS)
+SMALL = ("--W", "64", "--H", "64", "--steps", "2")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own."""
+    command = [sys.executable, str(ROOT / "gen_img_diffusers.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+
+def draw(*arguments: object) -> list[Path]:
+    """The script in this process; the pictures of its output folder in the order of their names."""
+    arguments = tuple(map(str, arguments))
+    assert gen_img_diffusers.main([*arguments, *(() if "--W" in arguments else SMALL)]) == 0
+    return sorted(Path(arguments[arguments.index("--outdir") + 1]).glob("*.png"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the script says when it refuses a command line."""
+    assert gen_img_diffusers.main(list(map(str, arguments))) == 2
+    return capsys.readouterr().err
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def write_lora(path: Path, model: Path, metadata: dict[str, str] | None = None) -> Path:
+    """A LoRA for a tiny model, whose every tensor acts."""
+    files = open_base_model(model)
+    dtype_and_place = {"dtype": torch.float32, "device": "cpu"}
+    text_encoders, denoiser = files.load_text_encoders(**dtype_and_place), files.load_denoiser(**dtype_and_place)
+    network = lora.create_network(1.0, 4, 4, None, text_encoders, denoiser)
+    with torch.no_grad():
+        for number, parameter in enumerate(network.parameters()):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    network.save_weights(path, torch.float32, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora_file(tmp_path_factory, tiny_sd1_folder) -> Path:
+    return write_lora(tmp_path_factory.mktemp("lora") / "mine.safetensors", tiny_sd1_folder)
+
+
+def test_help_answers_at_once_and_without_torch():
+    started = time.perf_counter()
+    result = run("--help")
+    assert time.perf_counter() - started < 1.5  # 1 s promised; the rest is for a busy machine
+    assert result.returncode == 0
+    assert "--network_weights" in result.stdout
+    check = (
+        "import sys, library.cli.generation_options; assert not {'torch', 'numpy', 'PIL', 'diffusers'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_the_options_of_sd_scripts_are_all_there_with_their_types_and_defaults():
+    lines = [
+        f"{o.name} {'flag' if o.type is FLAG else o.type.__name__}{'*' if o.many else ''} {o.default}"
+        for o in OPTIONS.values()
+        if not o.extension
+    ]
+    assert lines == FROZEN.read_text().splitlines()
+    assert len(lines) == 79
+
+
+@pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.later])
+def test_an_option_of_later_is_refused_and_never_ignored(capsys, name):
+    option = OPTIONS[name]
+    value = [] if option.type is FLAG else ["1"]
+    sentences = refused(capsys, "--ckpt", "x", "--prompt", "a", f"--{name}", *value)
+    assert sentences == f"gen_img_diffusers: --{name}: is not available yet: {option.later}; leave it out for now\n"
+
+
+def test_a_real_command_draws_names_and_describes_its_pictures(tiny_sd1_folder, lora_file, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# ours\na red cat --n blurry --d 5\n\na house --l 3 --s 3\n")
+    result = run(
+        *("--ckpt", tiny_sd1_folder, "--from_file", prompts, "--outdir", tmp_path / "out", "--seed", 7, "--sdpa"),
+        *("--network_weights", lora_file, "--network_mul", "0.5", "--n_iter", 2, "--batch_size", 2, *SMALL),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    pictures = sorted((tmp_path / "out").iterdir())
+    names = [re.fullmatch(r"im_\d{14}_(\d{3})_(\d+)\.png", picture.name).groups() for picture in pictures]
+    seeds = [5, image_seed(7, 1), 5, image_seed(7, 3)]
+    assert names == [(f"{number:03d}", str(seed)) for number, seed in enumerate(seeds)]
+    assert re.fullmatch(rf"4 pictures in {tmp_path / 'out'} \(\d+\.\d s\)", result.stdout.splitlines()[-1])
+    request, made_with = read_recipe(pictures[1])
+    assert (request.prompt, request.scale, request.steps, request.seed) == ("a house", 3.0, 3, seeds[1])
+    assert (request.width, request.height) == (64, 64)
+    assert made_with["model"] == tiny_sd1_folder.name
+    assert made_with["networks"] == [{"name": "mine", "strength": 0.5}]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_each_picture_can_be_drawn_again_alone_with_its_seed(tiny_sd1_folder, tmp_path, sampler):
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat", "--sampler", sampler)
+    together = draw(*common, "--outdir", tmp_path / "a", "--seed", 3, "--images_per_prompt", 3, "--batch_size", 3)
+    for path in together:
+        seed = read_recipe(path)[0].seed
+        (alone,) = draw(*common, "--outdir", tmp_path / str(seed), "--seed", seed)
+        assert np.abs(pixels(alone) - pixels(path)).max() <= 1
+
+
+def test_without_a_seed_every_command_draws_something_else(tiny_sd1_folder, tmp_path):
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat", "--outdir", tmp_path)
+    draw(*common)
+    one, other = (read_recipe(path)[0].seed for path in draw(*common))
+    assert one != other
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd2_folder", "tiny_sd2_v_folder"])
+def test_stable_diffusion_2_is_found_out_and_drawn(request, tmp_path, kind):
+    (picture,) = draw("--ckpt", request.getfixturevalue(kind), "--prompt", "a cat", "--outdir", tmp_path)
+    assert pixels(picture).std() > 5
+
+
+def test_adapters_act_by_their_strength_and_merging_draws_the_same(tiny_sd1_folder, lora_file, tmp_path):
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat", "--seed", 1)
+    network = ("--network_module", "networks.lora", "--network_weights", lora_file)
+    commands = {
+        "plain": (),
+        "zero": (*network, "--network_mul", 0),
+        "full": network,
+        "merged": (*network, "--network_merge"),
+        "halves": (*("--network_weights", lora_file, lora_file, "--network_mul", 0.5, 0.5),),
+    }
+    drawn = {}
+    for name, more in commands.items():
+        (picture,) = draw(*common, *more, "--outdir", tmp_path / name)
+        drawn[name] = pixels(picture)
+    assert np.array_equal(drawn["plain"], drawn["zero"])
+    assert np.abs(drawn["plain"] - drawn["full"]).mean() > 2
+    assert np.abs(drawn["full"] - drawn["merged"]).max() <= 1
+    assert np.abs(drawn["full"] - drawn["halves"]).max() <= 1
+
+
+def test_sequential_names_go_on_where_the_folder_ends(tiny_sd1_folder, tmp_path):
+    (tmp_path / "im_000007.png").touch()
+    command = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--sequential_file_name")
+    names = [path.name for path in draw(*command, "--images_per_prompt", 2)]
+    assert names == ["im_000007.png", "im_000008.png", "im_000009.png"]
+
+
+def test_bfloat16_works_on_any_machine(tiny_sd1_folder, tmp_path):
+    (picture,) = draw("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--bf16", "--no_half_vae")
+    assert pixels(picture).std() > 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no card")
+def test_what_a_processor_cannot_do_is_said(capsys, tiny_sd1_folder, tmp_path):
+    command = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path)
+    assert "give --bf16" in refused(capsys, *command, "--fp16")
+    draw(*command, "--xformers")
+    assert "torch's own attention (--sdpa) is used" in capsys.readouterr().out
+
+
+def test_a_rounded_size_is_said(capsys, tiny_sd1_folder, tmp_path):
+    (picture,) = draw("--ckpt", tiny_sd1_folder, "--prompt", "a --s 1", "--outdir", tmp_path, "--W", "71", "--H", "79")
+    assert pixels(picture).shape == (72, 64, 3)
+    assert "71x79 is rounded down to 64x72" in capsys.readouterr().out
+
+
+def test_every_mistake_of_the_command_line_is_told_at_once(capsys):
+    sentences = refused(
+        *(capsys, "--W", -64, "--steps", 0, "--seed", -1, "--fp16", "--bf16", "--network_mul", 1, "--batch_size", 0),
+        *("--max_embeddings_multiples", 4),
+    ).splitlines()
+    assert len(sentences) == 9
+    for start in (
+        "--ckpt: is missing",
+        "no prompt is given",
+        "--W -64: is out of range",
+        "--fp16 --bf16: are two precisions",
+    ):
+        assert any(sentence.startswith(f"gen_img_diffusers: {start}") for sentence in sentences), start
+
+
+def test_every_mistake_in_files_and_folders_is_told_at_once_before_anything_is_loaded(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    sentences = refused(
+        *(
+            capsys,
+            "--ckpt",
+            tmp_path / "none",
+            "--outdir",
+            tmp_path / "file",
+            "--network_weights",
+            tmp_path / "no.safetensors",
+        ),
+        *("--from_file", tmp_path / "no.txt"),
+    )
+    assert len(sentences.splitlines()) == 4
+    for name in ("none", "file", "no.safetensors", "no.txt"):
+        assert str(tmp_path / name) in sentences
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--sampler", "eulera"), "did you mean euler"),
+        (("--network_module", "networks.lroa"), "did you mean networks.lora?"),
+        (("--network_mul", 1, 2), "--network_mul 1.0 2.0: 2 for 1 adapters"),
+        (("--network_args", "rank"), "'rank' has no value; write key=value"),
+        (("--scale", "nan"), "--scale nan: is not finite"),
+        (("--promt", "a"), "did you mean prompt"),
+        (("--v2",), "leave out --v2"),
+        (("--v_parameterization",), "leave out --v_parameterization"),
+    ],
+)
+def test_what_is_wrong_is_answered_with_what_is_right(capsys, tiny_sd1_folder, lora_file, tmp_path, more, sentence):
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--network_weights", lora_file)
+    assert sentence in refused(capsys, *common, *more)
+
+
+def test_an_adapter_of_another_family_is_refused_by_name(capsys, tiny_sd1_folder, tiny_sd2_folder, tmp_path):
+    file = write_lora(tmp_path / "sd2.safetensors", tiny_sd2_folder, {"ss_base_model_version": "sd_v2"})
+    command = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--network_weights", file)
+    assert "is an adapter for Stable Diffusion 2.x, and the base model is Stable Diffusion 1.x" in refused(capsys, *command)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_even_if_it_says_nothing(capsys, tiny_sd1_folder, tiny_sd2_folder, tmp_path):
+    file = write_lora(tmp_path / "sd2.safetensors", tiny_sd2_folder)
+    command = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--network_weights", file)
+    assert str(file) in refused(capsys, *command, *SMALL)
+
+
+def test_what_is_no_base_model_is_refused_by_name(capsys, lora_file, tmp_path):
+    common = ("--prompt", "a", "--outdir", tmp_path / "out", "--ckpt")
+    assert "is an adapter (LoRA) file, not a base model" in refused(capsys, *common, lora_file)
+    sdxl = tmp_path / "sdxl.safetensors"
+    save_file({"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": torch.ones(1)}, sdxl)
+    assert "is an SDXL checkpoint" in refused(capsys, *common, sdxl)
+
+
+def test_options_become_what_they_say():
+    options = parse_generation(
+        ["--ckpt", "m", "--prompt", "a", "--network_weights", "1", "2", "--network_mul", "0.5"]
+        + ["--network_args", "a=1;b=2", "--network_merge", "--clip_skip", "2", "--max_embeddings_multiples", "2", "--v2"]
+    )
+    first, second = options.networks
+    assert (first.strength, second.strength) == (0.5, 1.0)
+    assert (first.args, second.args) == ({"a": "1", "b": "2"}, {})
+    assert (options.pictures.clip_skip, options.model.max_chunks, options.model.v2) == (2, 2, True)
+    assert options.merge_networks
