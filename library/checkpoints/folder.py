@@ -81,7 +81,7 @@ def _find_weights(path: Path, kind: str, variant: str | None) -> Path:
 
 
 def _variants_in(path: Path, stems: tuple[str, ...]) -> set[str]:
-    """ ".fp16" where there is a `model.fp16.safetensors`; averages (non_ema is what was trained on) are left to --variant."""
+    """Such as ".fp16" of `model.fp16.safetensors`; averages and what they were taken of are left to --variant."""
     pattern = re.compile(rf"(?:{'|'.join(stems)})(\.[a-z]\w*)\.(?:safetensors|bin)$")
     return {match[1] for entry in path.iterdir() if (match := pattern.match(entry.name)) and "ema" not in match[1]}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from library.checkpoints.atomic import atomic_write
+from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import LEGACY_WINDOW, SectionHasher, data_section
 from library.errors import UserError
 
@@ -53,17 +54,18 @@ def _sha256(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def sshs_hashes(path: Path | str, header_length: int | None = None) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` of a safetensors file as it is, streamed.
+def sshs_hashes(path: Path | str) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of a safetensors file, streamed.
 
-    The first depends on the tensors alone. The second is defined on a file whose header holds the ss_* entries only; give that
-    header's length (8 for its length included) where this file's is another.
+    Both depend on the tensors and, the second, on the length of the ss_* entries; other metadata may be edited freely.
+
+    Raises:
+        UserError: for a file that is no safetensors file.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        own_length = 8 + int.from_bytes(file.read(8), "little")
-    hasher = SectionHasher(own_length if header_length is None else header_length)
-    for chunk in data_section(path):
+    file = open_tensor_file(path)
+    layout = [(key, place.dtype, place.shape) for key, place in sorted(file.places.items(), key=lambda item: item[1].offset)]
+    hasher = SectionHasher.for_file(layout, file.metadata)
+    for chunk in data_section(file.path):
         hasher.update(chunk)
     return hasher.hashes()
 

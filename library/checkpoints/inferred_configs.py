@@ -1,8 +1,8 @@
 """The configuration of a model part from the shapes of its tensors in the original layout.
 
-Everything but three things shows in the shapes. Those three follow the family's published models: the number of attention heads
-(`ModelFamily.attention_heads`, `heads_of_64` for text), the groups of the norms (32), and the activation function. For a model
-that differs in them, our own converter writes the difference into the file's metadata (`CONFIG_KEY`).
+Everything but three things shows in the shapes. Those three follow the family's published models: the number of attention
+heads (`ModelFamily.attention_heads`, `heads_of_64` for text), the groups of the norms (32), and the activation function. For
+a model that differs in them, our own converter writes the difference into the file's metadata (`CONFIG_KEY`).
 """
 
 from __future__ import annotations
@@ -40,9 +40,17 @@ def config_hints(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
     return hints
 
 
+# What differs between folders without changing what a model computes.
+_WITHOUT_EFFECT = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "use_linear_projection")
+
+
 def config_differences(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> Config:
-    """What has to be written as hints so that `inferred` together with them is `config`."""
-    return {key: config[key] for key, value in inferred.items() if key in config and _plain(config[key]) != _plain(value)}
+    """What has to be written as hints so that `inferred` together with them computes what `config` does."""
+    return {
+        key: config[key]
+        for key, value in inferred.items()
+        if key in config and key not in _WITHOUT_EFFECT and _plain(config[key]) != _plain(value)
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -127,12 +135,14 @@ def _text_encoder_config(shapes: Shapes, family: ModelFamily) -> Config:
         tokens, positions = "token_embedding.weight", "positional_embedding"
         layer, inner = r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.weight$", "transformer.resblocks.0.mlp.c_fc.weight"
     vocabulary, width = _needed(shapes, tokens)
+    layers, full = _count(shapes, layer), family.text_encoder_config["num_hidden_layers"]
+    kept = layers if layers == full else layers - family.text_layers_dropped  # some tools leave out the unused layer already
     return {
         **family.text_encoder_config,
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": _needed(shapes, inner)[0],
-        "num_hidden_layers": _count(shapes, layer) - family.text_layers_dropped,
+        "num_hidden_layers": kept,
         "num_attention_heads": heads_of_64(width),
         "max_position_embeddings": _needed(shapes, positions)[0],
     }

@@ -1,4 +1,4 @@
-"""The names of one layer in the original (LDM) layout and in diffusers' and transformers' modules: one table, read both ways.
+"""The names of a tensor in the original (LDM) layout and in diffusers' and transformers' modules: one table, both ways.
 
 A table is a list of pairs of name beginnings; what follows them is the same on both sides. Names are relative to their part
 (see `UNET_PREFIX` and its neighbours). The relation is that of the published models; the U-Net's can be checked in
@@ -152,7 +152,7 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def modern_vae_name(name: str) -> str:
-    """Today's name of a tensor in a diffusers VAE; folders from before 2023 (SD 1.5's own) name the attention differently."""
+    """Today's name of a tensor in a diffusers VAE; folders from before 2023 (SD 1.5's) name the attention differently."""
     if ".attentions." not in name:
         return name
     return ".".join(_OLD_VAE_ATTENTION.get(part, part) for part in name.split("."))
@@ -193,7 +193,7 @@ def _open_clip_pairs(layers: int) -> Pairs:
 
 
 def split_third(key: str) -> tuple[str, int | None]:
-    """ "in_proj_weight[1]" -> ("in_proj_weight", 1); a key of a whole tensor -> (key, None)."""
+    """Split "in_proj_weight[1]" into ("in_proj_weight", 1); a key of a whole tensor into (key, None)."""
     if key.endswith("]"):
         name, _, number = key[:-1].rpartition("[")
         return name, int(number)

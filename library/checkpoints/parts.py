@@ -1,7 +1,7 @@
 """A part of a model: its configuration, where each of its tensors lies, and loading it without a second copy.
 
-The module is built on the meta device, where it takes no memory; each tensor is then read, converted and put in its place, so
-that at no time more than one tensor exists twice.
+The module is built on the meta device, where it takes no memory; each tensor is then read, converted and put in its place,
+so that at no time more than one tensor exists twice.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ModelPart:
         """Tensor names and shapes of the module that the configuration describes."""
         return {name: tuple(tensor.shape) for name, tensor in self.build_empty().state_dict().items()}
 
-    def build_empty(self) -> nn.Module:
+    def build_empty(self) -> Any:
         """The module on the meta device: structure without values."""
         import torch
 

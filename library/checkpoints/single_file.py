@@ -69,7 +69,7 @@ def read_checkpoint(file: TensorFile) -> CheckpointContent:
         TEXT_ENCODER: _part(file, TEXT_ENCODER, text_prefix, family),
     }
     used = {source.key for part in parts.values() for source in part.sources.values()}
-    rest = [key for key in file.keys() if key not in used]
+    rest = [key for key in file.places if key not in used]
     dropped = _dropped_text_layers(family, text_prefix, parts[TEXT_ENCODER])
     beside = tuple(key for key in rest if _IGNORED.search(key) or key.startswith(dropped))
     unmatched = tuple(key for key in rest if key not in set(beside))
@@ -103,7 +103,7 @@ def original_table(kind: str, config: Mapping[str, object], family: ModelFamily)
 
 
 def _sources(file: TensorFile, prefix: str, table: KeyTable) -> Iterator[tuple[str, TensorSource]]:
-    for key in file.keys():
+    for key in file.places:
         if not key.startswith(prefix) or _IGNORED.search(key):
             continue
         name = table.to_module(key.removeprefix(prefix))
@@ -158,7 +158,7 @@ def vae_of_file(file: TensorFile, family: ModelFamily) -> ModelPart:
 def _diffusers_vae(file: TensorFile, prefix: str, family: ModelFamily) -> ModelPart:
     """A VAE file in diffusers' layout: its sizes are found by renaming it to the original one's names first."""
     where = str(file.path)
-    names = {key: modern_vae_name(key.removeprefix(prefix)) for key in file.keys() if key.startswith(prefix)}
+    names = {key: modern_vae_name(key.removeprefix(prefix)) for key in file.places if key.startswith(prefix)}
     levels = 1 + max(int(match[1]) for name in names.values() if (match := re.match(r"encoder\.down_blocks\.(\d+)\.", name)))
     layers = len(
         [name for name in names.values() if re.match(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight$", name)]

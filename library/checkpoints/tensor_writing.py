@@ -26,6 +26,9 @@ LEGACY_WINDOW = (0x100000, 0x10000)
 """Start and length, in bytes, of what the old short hash looks at."""
 
 
+TensorLayout = tuple[str, str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor that is made only when its turn to be written comes: `make` must return exactly this shape and type.
@@ -94,12 +97,11 @@ def write_torch_file(
 def _write_safetensors(path: Path, planned: dict[str, PlannedTensor], metadata: dict[str, str], add_hashes: bool) -> None:
     ordered = sorted(planned.items(), key=lambda item: (-_TYPE_ORDER[item[1].dtype], item[0].encode()))
     hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8} if add_hashes else {}
-    header = _header(ordered, {**metadata, **hashes})
-    # The short hash is defined on the file as it would be with its ss_* entries alone.
-    hashed_header = len(_header(ordered, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
+    layout = [(key, tensor.dtype, tensor.shape) for key, tensor in ordered]
+    header = safetensors_header(layout, {**metadata, **hashes})
     with atomic_write(path, size=len(header) + sum(tensor.size for _, tensor in ordered)) as file:
         file.write(header)
-        hasher = SectionHasher(hashed_header)
+        hasher = SectionHasher.for_file(layout, metadata)
         for key, tensor in ordered:
             chunk = _bytes_of(key, tensor)
             file.write(chunk)
@@ -107,7 +109,7 @@ def _write_safetensors(path: Path, planned: dict[str, PlannedTensor], metadata: 
                 hasher.update(chunk)
         if add_hashes:
             file.seek(0)
-            file.write(_header(ordered, {**metadata, **hasher.hashes()}))
+            file.write(safetensors_header(layout, {**metadata, **hasher.hashes()}))
 
 
 class SectionHasher:
@@ -123,6 +125,12 @@ class SectionHasher:
         self._whole, self._part = hashlib.sha256(), hashlib.sha256()
         self._position = 0
 
+    @classmethod
+    def for_file(cls, layout: list[TensorLayout], metadata: Mapping[str, str]) -> SectionHasher:
+        """For a file of these tensors: the short hash is defined on it as it would be with its ss_* entries alone."""
+        kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        return cls(len(safetensors_header(layout, kept)))
+
     def update(self, chunk: memoryview | bytes) -> None:
         begin, end = (min(max(edge - self._position, 0), len(chunk)) for edge in self._window)
         self._part.update(chunk[begin:end])
@@ -133,13 +141,18 @@ class SectionHasher:
         return {"sshs_model_hash": self._whole.hexdigest(), "sshs_legacy_hash": self._part.hexdigest()[:8]}
 
 
-def _header(ordered: list[tuple[str, PlannedTensor]], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON as the safetensors library writes them: compact, UTF-8, padded to a multiple of 8."""
+def safetensors_header(layout: list[TensorLayout], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON as the safetensors library writes them: compact, UTF-8, padded to a multiple of 8.
+
+    Args:
+        layout: (key, type, shape) in the order of the data.
+        metadata: texts by key.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for key, tensor in ordered:
-        end = offset + tensor.size
-        entries[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for key, dtype, shape in layout:
+        end = offset + math.prod(shape) * ITEM_SIZES[dtype]
+        entries[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -64,6 +64,8 @@ SD1 = ModelFamily(
         "cross_attention_dim": 768,
         "attention_head_dim": 8,
         "use_linear_projection": False,
+        "upcast_attention": False,
+        "norm_num_groups": 32,
     },
     text_encoder_config={
         "vocab_size": 49408,

@@ -1,0 +1,292 @@
+"""Writing a whole model, as one file of the original layout or as a diffusers folder, tensor by tensor.
+
+`change` lets a caller alter tensors on their way (merging an adapter, say) without a copy of the model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.base_model import BaseModelFiles
+from library.checkpoints.folder import scheduler_config
+from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences, infer_config
+from library.checkpoints.ldm_keys import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, split_third
+from library.checkpoints.parts import PARTS, TEXT_ENCODER, UNET, VAE, ModelPart, check_tensors
+from library.checkpoints.single_file import original_table
+from library.checkpoints.tensor_files import TensorFile
+from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
+from library.errors import UserError
+from library.families.family import NOISE_SCHEDULE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Change = Callable[[str, str, "Tensor"], "Tensor"]
+"""(part, name in its module, tensor as stored) -> the tensor to write, of the same shape."""
+
+_FLOATING = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+
+
+def _saved_dtype(stored: str, wished: str | None) -> str:
+    return wished if wished is not None and stored in _FLOATING else stored
+
+
+def _plan(part: ModelPart, name: str, shape: tuple[int, ...], dtype: str | None, change: Change | None) -> PlannedTensor:
+    """One tensor of a module, to be written in `shape` (its own, or that with ones behind it)."""
+    source = part.sources[name]
+    saved = _saved_dtype(source.file.places[source.key].dtype, dtype)
+
+    def make() -> Tensor:
+        import torch
+
+        tensor = source.read()
+        tensor = tensor if change is None else change(part.kind, name, tensor)
+        return tensor.reshape(shape).to(getattr(torch, saved))
+
+    return PlannedTensor(shape=shape, dtype=saved, make=make)
+
+
+def _joined(thirds: list[PlannedTensor]) -> PlannedTensor:
+    """Queries, keys and values as the one tensor of OpenCLIP."""
+
+    def make() -> Tensor:
+        import torch
+
+        return torch.cat([third.make() for third in thirds])
+
+    first = thirds[0]
+    return PlannedTensor(shape=(3 * first.shape[0], *first.shape[1:]), dtype=first.dtype, make=make)
+
+
+def _prefix(kind: str, model: BaseModelFiles) -> str:
+    return {UNET: UNET_PREFIX, VAE: VAE_PREFIX, TEXT_ENCODER: TEXT_PREFIXES[model.family.text_encoder_layout]}[kind]
+
+
+def _original_shape(kind: str, name: str, shape: tuple[int, ...], linear_projections: bool) -> tuple[int, ...]:
+    """The shape that the original layout has: matrices or 1x1 convolutions, which hold the same numbers."""
+    is_projection = kind == UNET and name.endswith((".proj_in.weight", ".proj_out.weight"))
+    is_vae_attention = kind == VAE and ".attentions." in name and len(shape) >= 2
+    if is_vae_attention or (is_projection and not linear_projections):
+        return (*shape[:2], 1, 1)
+    return shape[:2] if is_projection else shape
+
+
+def plan_single_file(
+    model: BaseModelFiles, *, dtype: str | None = None, change: Change | None = None
+) -> dict[str, PlannedTensor]:
+    """Every tensor of a checkpoint in the original layout.
+
+    Args:
+        model: from a folder or a file; a file's tensors beside its parts are kept, except for averages.
+        dtype: "float16", "bfloat16" or "float32"; None keeps what is stored.
+        change: applied to each tensor of the parts.
+
+    Raises:
+        UserError: where the model lacks tensors.
+    """
+    planned: dict[str, PlannedTensor] = {}
+    thirds: dict[str, dict[int, PlannedTensor]] = {}
+    for kind in PARTS:
+        part = model.parts[kind]
+        shapes = part.module_shapes()
+        check_tensors(part, shapes)
+        table = original_table(kind, part.config, model.family)
+        for name, module_shape in shapes.items():
+            original = table.to_original(name)
+            if original is None:
+                raise UserError(f"{name} has no place in the original layout", where=part.where)
+            shape = _original_shape(kind, name, module_shape, model.family.linear_projections)
+            tensor = _plan(part, name, shape, dtype, change)
+            key, third = split_third(_prefix(kind, model) + original)
+            if third is None:
+                planned[key] = tensor
+            else:
+                thirds.setdefault(key, {})[third] = tensor
+    # A module lists its projections in an order of its own (keys, values, queries).
+    planned |= {key: _joined([of_key[third] for third in range(3)]) for key, of_key in thirds.items()}
+    kept = dict(_kept_beside(model, dtype))
+    return {**planned, **(kept or _unused_text_layers(model, planned))}
+
+
+def _kept_beside(model: BaseModelFiles, dtype: str | None) -> Iterator[tuple[str, PlannedTensor]]:
+    """What a single file holds beside its parts; of averages there is none that fits changed weights."""
+    file = next(iter(model.parts[UNET].sources.values())).file
+    for key in (*model.beside, *model.unmatched):
+        if not key.startswith("model_ema."):
+            yield key, _copied(file, key, dtype)
+
+
+def counters_of(model: BaseModelFiles) -> dict[str, int]:
+    """What a checkpoint file of PyTorch counts beside its tensors ("epoch", "global_step"); empty for other models."""
+    return dict(next(iter(model.parts[UNET].sources.values())).file.counters)
+
+
+def _copied(file: TensorFile, key: str, dtype: str | None) -> PlannedTensor:
+    place = file.places[key]
+    saved = _saved_dtype(place.dtype, dtype)
+
+    def make() -> Tensor:
+        import torch
+
+        return file.read(key).to(getattr(torch, saved))
+
+    return PlannedTensor(shape=place.shape, dtype=saved, make=make)
+
+
+def _unused_text_layers(model: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
+    """The layers that a family drops when it is read, for readers that count them (SD2: OpenCLIP's last).
+
+    No reader uses their values, so the last layer that is used stands in, as do ones for the projection.
+    """
+    if not model.family.text_layers_dropped:
+        return {}
+    import torch
+
+    prefix = TEXT_PREFIXES[model.family.text_encoder_layout]
+    kept = model.parts[TEXT_ENCODER].config["num_hidden_layers"]
+    last = f"{prefix}transformer.resblocks.{kept - 1}."
+    fabricated = {
+        key.replace(last, f"{prefix}transformer.resblocks.{kept + number}."): tensor
+        for number in range(model.family.text_layers_dropped)
+        for key, tensor in planned.items()
+        if key.startswith(last)
+    }
+    norm = planned[f"{prefix}ln_final.weight"]
+    width, dtype = norm.shape[0], getattr(torch, norm.dtype)
+    fabricated[f"{prefix}text_projection"] = PlannedTensor(
+        (width, width), norm.dtype, lambda: torch.ones(width, width, dtype=dtype)
+    )
+    fabricated[f"{prefix}logit_scale"] = PlannedTensor((), norm.dtype, lambda: torch.ones((), dtype=dtype))
+    return fabricated
+
+
+def config_metadata(model: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> dict[str, str]:
+    """The metadata entry that says what a single file's shapes do not; empty for models of the published sizes."""
+    hints = {}
+    for kind in PARTS:
+        prefix = _prefix(kind, model)
+        shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in planned.items() if key.startswith(prefix)}
+        inferred = infer_config(kind, shapes, model.family, str(model.path))
+        differences = config_differences(model.parts[kind].config, inferred)
+        if differences:
+            hints[kind] = differences
+    return {CONFIG_KEY: json.dumps(hints)} if hints else {}
+
+
+_WEIGHTS_NAMES = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT_ENCODER: "model"}
+
+
+def write_folder(
+    model: BaseModelFiles,
+    path: Path,
+    *,
+    dtype: str | None = None,
+    change: Change | None = None,
+    variant: str | None = None,
+    reference: Path | None = None,
+) -> None:
+    """Write a diffusers folder: weights as safetensors, configurations, tokenizer, scheduler.
+
+    Args:
+        model: from a folder or a file.
+        path: the folder, made where it is missing; files of the same names in it are replaced.
+        dtype, change: as for `plan_single_file`.
+        variant: goes into the names of the weights ("fp16").
+        reference: a model folder whose scheduler and tokenizer are copied.
+
+    Raises:
+        UserError: where the model lacks tensors, or the folder cannot be written.
+    """
+    try:
+        for name in (*PARTS, "scheduler", "tokenizer"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder cannot be made ({error.strerror})", where=str(path)) from None
+    for kind in PARTS:
+        _write_part(model.parts[kind], path / kind, dtype, change, variant)
+    source = reference or (model.path if model.path.is_dir() else None)
+    _write_tokenizer(model, source, path / "tokenizer")
+    known = scheduler_config(source) if source else None
+    schedule = known if known is not None else {"_class_name": "DDIMScheduler", **NOISE_SCHEDULE}
+    scheduler = {**schedule, "prediction_type": model.resolved_prediction_type}
+    _write_json(path / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(path / "model_index.json", _model_index(scheduler.get("_class_name", "DDIMScheduler")))
+
+
+def _write_part(part: ModelPart, folder: Path, dtype: str | None, change: Change | None, variant: str | None) -> None:
+    module = part.build_empty()
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_tensors(part, shapes)
+    # transformers before 5.6 knows its tensors by this level only, later ones by either name.
+    prefix = "text_model." if part.kind == TEXT_ENCODER else ""
+    planned = {prefix + name: _plan(part, name, shape, dtype, change) for name, shape in shapes.items()}
+    infix = f".{variant}" if variant else ""
+    write_tensors(folder / f"{_WEIGHTS_NAMES[part.kind]}{infix}.safetensors", planned, {"format": "pt"})
+    if part.kind == TEXT_ENCODER:
+        module.config.architectures = ["CLIPTextModel"]
+        module.config.save_pretrained(folder)
+    else:
+        module.save_config(folder)
+
+
+def _write_tokenizer(model: BaseModelFiles, source: Path | None, folder: Path) -> None:
+    own = source / "tokenizer" if source else None
+    if own is None or not own.is_dir():
+        model.load_tokenizers()[0].save_pretrained(str(folder))
+    elif own.resolve() != folder.resolve():
+        shutil.copytree(own, folder, dirs_exist_ok=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    from library.checkpoints.atomic import atomic_write
+
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def _model_index(scheduler_class: str) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def same_tensors(written: BaseModelFiles, model: BaseModelFiles, dtype: str | None) -> None:
+    """Compare what was written, re-opened, with what it was made from.
+
+    Raises:
+        RuntimeError: where a tensor differs; the writer is at fault then.
+    """
+    import torch
+
+    for kind in PARTS:
+        mine, theirs = model.parts[kind], written.parts[kind]
+        if set(mine.sources) != set(theirs.sources):
+            raise RuntimeError(f"{written.path}: the names of the {kind} differ from those of {model.path}")
+        for name, source in mine.sources.items():
+            expected = source.read()
+            saved: torch.dtype = getattr(torch, _saved_dtype(str(expected.dtype).removeprefix("torch."), dtype))
+            found = theirs.sources[name].read()
+            if found.dtype != saved or not _equal(expected.to(saved).flatten(), found.flatten()):
+                raise RuntimeError(f"{written.path}: {name} of the {kind} is not what was read from {model.path}")
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Bit for bit, so that a NaN equals itself."""
+    import torch
+
+    same_size = tensor.shape == other.shape
+    return same_size and torch.equal(tensor.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
