@@ -9,10 +9,12 @@ from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.options import all_options
 from library.cli.training_options import TRAINING_OPTIONS
 from library.generation.prompt_options import PREVIEW_OPTIONS
+from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = PAGES + sorted((ROOT / "configs").glob("*.toml"))
+OF_OUR_SCRIPTS = (TRAINING_OPTIONS, GENERATION_OPTIONS, CONVERSION_OPTIONS)
 OF_OTHER_PROGRAMS = {
     *("num_cpu_threads_per_process", "multi_gpu", "num_processes", "cpu"),  # accelerate launch
     *("help", "check", "logdir"),  # every script, ruff, tensorboard
@@ -26,7 +28,8 @@ def page_name(path):
 
 @pytest.mark.parametrize("path", TEXTS, ids=page_name)
 def test_every_option_that_is_named_exists(path):
-    known = {*all_options(TRAINING_OPTIONS), *all_options(GENERATION_OPTIONS), *PREVIEW_OPTIONS, *OF_OTHER_PROGRAMS}
+    ours = (option for groups in OF_OUR_SCRIPTS for option in all_options(groups))
+    known = {*ours, *PREVIEW_OPTIONS, *OF_OTHER_PROGRAMS}
     named = set(re.findall(r"(?<![\w-])--([A-Za-z][\w]*)", path.read_text(encoding="utf-8")))
     assert named <= known
 
