@@ -73,6 +73,16 @@ def rounding_notes(lines: Sequence[PromptLine], defaults: ImageDefaults) -> list
     ]
 
 
+def repetition_notes(lines: Sequence[PromptLine], *, images_per_prompt: int, iterations: int) -> list[str]:
+    """One sentence for every line whose own seeds make the same picture more than once."""
+    count = images_per_prompt * iterations
+    return [
+        f"{line.where}: --d gives {len(set(line.seeds))} of {count} seeds, so equal pictures are drawn"
+        for line in lines
+        if line.seeds and len(set(line.seeds[:images_per_prompt])) < count
+    ]
+
+
 def _request(line: PromptLine, defaults: ImageDefaults, seed: int) -> ImageRequest:
     return ImageRequest(
         prompt=line.prompt,

@@ -6,21 +6,18 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.errors import UserError, UserErrors, raise_all
 from library.generation.options import GenerationOptions, ModelOptions
-from library.generation.planning import SEEDS, ImageDefaults, image_requests, rounding_notes
+from library.generation.planning import SEEDS, ImageDefaults, image_requests, repetition_notes, rounding_notes
 from library.generation.png_info import write_png
 from library.generation.prompt_options import PromptLine, parse_prompt_line, read_prompt_file
 from library.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    import torch
-
     from library.checkpoints.base_model import BaseModelFiles
     from library.generation.pipeline import Pipeline
     from library.generation.requests import ImageRequest
@@ -38,13 +35,16 @@ def run_generation(options: GenerationOptions) -> int:
     started = time.perf_counter()
     base_model, lines = _checked(options)
     defaults = _defaults(options, base_model.family.default_resolution[base_model.resolved_prediction_type])
-    for note in _notes_on(base_model, options.model) + rounding_notes(lines, defaults):
-        print(note)
     pictures = options.pictures
+    repeats = repetition_notes(lines, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations)
+    for note in _notes_on(base_model, options.model) + rounding_notes(lines, defaults) + repeats:
+        print(note)
     seed = random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed
     requests = image_requests(
         lines, defaults, seed=seed, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations
     )
+    from library.generation.loading import load_pipeline
+
     pipeline = load_pipeline(options, base_model)
     count = _draw(pipeline, requests, options, _made_with(options, base_model))
     seconds = time.perf_counter() - started
@@ -99,23 +99,16 @@ def _check_output_folder(folder: Path) -> None:
 
 
 def _check_precision(model: ModelOptions) -> None:
-    if model.precision == "fp16" and compute_device().type == "cpu":
+    if model.precision != "fp16":
+        return
+    from library.generation.loading import compute_device
+
+    if compute_device().type == "cpu":
         raise UserError(
             "fp16 is for graphics cards, and there is none here",
             where="--fp16",
             remedy="leave it out, or give --bf16",
         )
-
-
-def compute_device() -> torch.device:
-    """The accelerator that torch finds, else the processor."""
-    import torch
-
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return accelerator
-    return torch.device("cpu")
 
 
 def _defaults(options: GenerationOptions, resolution: int) -> ImageDefaults:
@@ -167,81 +160,6 @@ def _check_family(file: Path, base_model: BaseModelFiles) -> None:
             where=where,
             remedy="give the base model it was trained on",
         )
-
-
-def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pipeline:
-    """Load the models, put the adapters on them, and make the pipeline.
-
-    The VAE is loaded in fp32: in fp16 it overflows for some pictures, and it runs once per picture only.
-    """
-    import torch
-
-    from library.generation.pipeline import Pipeline, PipelineModels
-
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.model.precision]
-    device = compute_device()
-    denoiser: Any = base_model.load_denoiser(dtype=dtype, device=device)
-    vae: Any = base_model.load_vae(dtype=torch.float32, device=device)
-    models = PipelineModels(
-        denoiser=denoiser,
-        vae=vae,
-        text_encoders=base_model.load_text_encoders(dtype=dtype, device=device),
-        tokenizers=base_model.load_tokenizers(),
-        latent_scale=base_model.family.latent_scale,
-        latent_channels=base_model.family.latent_channels,
-        prediction_type=base_model.resolved_prediction_type,
-        zero_terminal_snr=options.model.zero_terminal_snr,
-    )
-    networks = attach_networks(options, models)
-    if options.model.xformers:
-        _use_xformers(models.denoiser, device)
-    return Pipeline(replace(models, others=networks), max_chunks=options.model.max_chunks, note=print)
-
-
-def attach_networks(options: GenerationOptions, models: Any) -> list[Any]:
-    """Every adapter on the models or, with --network_merge, in their weights; returns those that are attached."""
-    from networks.registry import load_network_module
-
-    networks = []
-    for use in options.networks:
-        module = load_network_module(use.module)
-        network, weights = module.create_network_from_weights(
-            use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
-        )
-        if network is None:
-            raise UserError("is no file of this module", where=f"--network_weights {use.file}")
-        parameter = next(models.denoiser.parameters())
-        if options.merge_networks:
-            if not network.is_mergeable():
-                raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
-            network.merge_to(models.text_encoders, models.denoiser, weights, parameter.dtype, parameter.device)
-            continue
-        network.apply_to(models.text_encoders, models.denoiser)
-        _load(network, weights, use.file)
-        networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
-    return networks
-
-
-def _load(network: Any, weights: Mapping[str, Any], file: Path) -> None:
-    """Give a network its tensors; those it has no place for are an error, whoever wrote the network."""
-    unexpected = getattr(network.load_state_dict(weights, strict=False), "unexpected_keys", ())
-    if unexpected:
-        raise UserError(
-            f"{len(unexpected)} of its {len(weights)} tensors have no place in the network ({unexpected[0]}, ...)",
-            where=f"--network_weights {file}",
-            remedy="give the module it was trained with as --network_module",
-        )
-
-
-def _use_xformers(denoiser: Any, device: torch.device) -> None:
-    """xformers' attention; torch's own, with a line about it, where xformers is missing or has nothing for the device."""
-    from importlib.util import find_spec
-
-    if device.type == "cuda" and find_spec("xformers") is not None:
-        denoiser.enable_xformers_memory_efficient_attention()
-        return
-    reason = "works on NVIDIA cards only" if device.type != "cuda" else "is not installed"
-    print(f"--xformers: xformers {reason}; torch's own attention (--sdpa) is used")
 
 
 def _made_with(options: GenerationOptions, base_model: BaseModelFiles) -> dict[str, Any]:

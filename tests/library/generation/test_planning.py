@@ -3,7 +3,14 @@
 import pytest
 
 from library.errors import UserError
-from library.generation.planning import ImageDefaults, image_requests, image_seed, preview_requests, rounding_notes
+from library.generation.planning import (
+    ImageDefaults,
+    image_requests,
+    image_seed,
+    preview_requests,
+    repetition_notes,
+    rounding_notes,
+)
 from library.generation.prompt_options import PromptLine
 from library.generation.requests import ImageRequest
 
@@ -58,6 +65,15 @@ def test_sizes_are_rounded_down_to_multiples_of_8_and_it_is_said():
     assert rounding_notes([line, PromptLine(prompt="b")], DEFAULTS) == [
         "line 1: 515x640 is rounded down to 512x640, multiples of 8"
     ]
+
+
+def test_seeds_that_draw_the_same_picture_twice_are_said():
+    few = {"images_per_prompt": 1, "iterations": 1}
+    assert repetition_notes(LINES, **few) == []
+    assert repetition_notes(LINES, **few | {"images_per_prompt": 2}) == []
+    (note,) = repetition_notes(LINES, **few | {"images_per_prompt": 3})
+    assert note == "prompt: --d gives 2 of 3 seeds, so equal pictures are drawn"
+    assert len(repetition_notes(LINES, **few | {"iterations": 2})) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from library.errors import UserError
 from library.generation.samplers import SAMPLERS, find_sampler, make_scheduler, takes_generator
 
 SPREAD_OF_FIRST_TIMESTEP = 0.02915
+DIFFERENT = [name for name in SAMPLERS if not name.startswith("k_")]
 
 
-def sample(name, *, steps=12, prediction_type="epsilon", seeds=(0, 1), content=0.5, zero_terminal_snr=False):
+def sample(name, *, steps=9, prediction_type="epsilon", seeds=(0, 1), content=0.5, zero_terminal_snr=False):
     """Sampling with the exact prediction for pictures that are `content` everywhere."""
     scheduler = make_scheduler(name, steps=steps, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -25,14 +26,14 @@ def sample(name, *, steps=12, prediction_type="epsilon", seeds=(0, 1), content=0
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_every_sampler_finds_what_a_perfect_model_knows(name, prediction_type):
     picture = sample(name, prediction_type=prediction_type)
     # ddim, pndm and plain dpmsolver end at the noise level of the first timestep, as Stable Diffusion was released.
     assert (picture - 0.5).abs().max() < 5 * SPREAD_OF_FIRST_TIMESTEP
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_models_of_zero_terminal_snr_are_sampled_from_the_last_timestep(name):
     scheduler = make_scheduler(name, steps=10, prediction_type="v_prediction", zero_terminal_snr=True)
     assert int(scheduler.timesteps[0]) == 999
@@ -41,13 +42,13 @@ def test_models_of_zero_terminal_snr_are_sampled_from_the_last_timestep(name):
     assert (picture - 0.5).abs().max() < (0.5 if name == "pndm" else 5 * SPREAD_OF_FIRST_TIMESTEP)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_few_and_odd_numbers_of_steps_work(name, steps):
     assert torch.isfinite(sample(name, steps=steps)).all()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_a_pictures_noise_does_not_depend_on_its_batch(name):
     together, alone = sample(name, seeds=(3, 4, 5)), sample(name, seeds=(4,))
     torch.testing.assert_close(together[1:2], alone)
@@ -55,7 +56,7 @@ def test_a_pictures_noise_does_not_depend_on_its_batch(name):
 
 def test_ancestral_samplers_draw_noise_and_others_do_not():
     drawing = set()
-    for name in SAMPLERS:
+    for name in DIFFERENT:
         scheduler = make_scheduler(name, steps=4, prediction_type="epsilon")
         generator = torch.Generator().manual_seed(0)
         before = generator.get_state()
@@ -65,7 +66,13 @@ def test_ancestral_samplers_draw_noise_and_others_do_not():
             x = scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x, **noise).prev_sample
         if not torch.equal(generator.get_state(), before):
             drawing.add(name)
-    assert drawing == {"euler_a", "k_euler_a", "dpm_2_a", "k_dpm_2_a"}
+    assert drawing == {"euler_a", "dpm_2_a"}
+
+
+def test_the_older_names_are_the_same_samplers():
+    older = [name for name in SAMPLERS if name.startswith("k_")]
+    assert older == ["k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"]
+    assert all(SAMPLERS[name] is SAMPLERS[name.removeprefix("k_")] for name in older)
 
 
 def test_the_coefficients_of_lms_are_its_integrals():

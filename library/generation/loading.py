@@ -1,0 +1,98 @@
+"""Loading what pictures are made with: the base model's parts, the adapters on them, the attention they compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.checkpoints.base_model import BaseModelFiles
+from library.errors import UserError
+from library.generation.options import GenerationOptions
+from library.generation.pipeline import Pipeline, PipelineModels
+from networks.registry import load_network_module
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def compute_device() -> torch.device:
+    """The accelerator that torch finds, else the processor."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pipeline:
+    """Load the models, put the adapters on them, and make the pipeline.
+
+    The VAE is loaded in fp32: in fp16 it overflows for some pictures, and it runs once per picture only.
+    """
+    dtype = DTYPES[options.model.precision]
+    device = compute_device()
+    denoiser: Any = base_model.load_denoiser(dtype=dtype, device=device)
+    vae: Any = base_model.load_vae(dtype=torch.float32, device=device)
+    models = PipelineModels(
+        denoiser=denoiser,
+        vae=vae,
+        text_encoders=base_model.load_text_encoders(dtype=dtype, device=device),
+        tokenizers=base_model.load_tokenizers(),
+        latent_scale=base_model.family.latent_scale,
+        latent_channels=base_model.family.latent_channels,
+        prediction_type=base_model.resolved_prediction_type,
+        zero_terminal_snr=options.model.zero_terminal_snr,
+    )
+    networks = attach_networks(options, models)
+    if options.model.xformers:
+        _use_xformers(models.denoiser, device)
+    return Pipeline(replace(models, others=networks), max_chunks=options.model.max_chunks, note=print)
+
+
+def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[Any]:
+    """Every adapter on the models or, with --network_merge, in their weights; returns those that are attached."""
+    networks = []
+    for use in options.networks:
+        create = getattr(load_network_module(use.module), "create_network_from_weights", None)
+        if create is None:
+            raise UserError("cannot read adapter files", where=f"--network_module {use.module}")
+        network, weights = create(
+            use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
+        )
+        if network is None:
+            raise UserError("is no file of this module", where=f"--network_weights {use.file}")
+        parameter = next(models.denoiser.parameters())
+        if options.merge_networks:
+            if not getattr(network, "is_mergeable", lambda: False)():
+                raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
+            network.merge_to(models.text_encoders, models.denoiser, weights, parameter.dtype, parameter.device)
+            continue
+        network.apply_to(models.text_encoders, models.denoiser)
+        _load(network, weights, use.file)
+        networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
+    return networks
+
+
+def _load(network: Any, weights: Mapping[str, Any], file: Path) -> None:
+    """Give a network its tensors; those it has no place for are an error, whoever wrote the network."""
+    unexpected = getattr(network.load_state_dict(weights, strict=False), "unexpected_keys", ())
+    if unexpected:
+        raise UserError(
+            f"{len(unexpected)} of its {len(weights)} tensors have no place in the network ({unexpected[0]}, ...)",
+            where=f"--network_weights {file}",
+            remedy="give the module it was trained with as --network_module",
+        )
+
+
+def _use_xformers(denoiser: Any, device: torch.device) -> None:
+    """xformers' attention; torch's own, with a line about it, where xformers is missing or has nothing for the device."""
+    from importlib.util import find_spec
+
+    if device.type == "cuda" and find_spec("xformers") is not None:
+        denoiser.enable_xformers_memory_efficient_attention()
+        return
+    reason = "works on NVIDIA cards only" if device.type != "cuda" else "is not installed"
+    print(f"--xformers: xformers {reason}; torch's own attention (--sdpa) is used")
