@@ -63,6 +63,14 @@ class BaseModelFiles:
         """The text encoders, frozen, in evaluation mode: one for SD1 and SD2."""
         return [self.parts[TEXT_ENCODER].load(dtype=dtype, device=device)]
 
+    def empty_denoiser(self) -> UNet2DConditionModel:
+        """The U-Net on the meta device: its structure at no cost."""
+        return self.parts[UNET].build_empty()
+
+    def empty_text_encoders(self) -> list[CLIPTextModel]:
+        """The text encoders likewise."""
+        return [self.parts[TEXT_ENCODER].build_empty()]
+
     def load_tokenizers(self) -> list[CLIPTokenizer]:
         """One tokenizer per text encoder: the model's own where it has one, else the one shipped with this package."""
         if self.tokenizer_folder is None:

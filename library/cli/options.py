@@ -182,7 +182,7 @@ def parse(argv: Sequence[str], groups: Sequence[OptionGroup], *, description: st
         _unavailable(options[name]) for name, value in given.items() if options[name].later and value not in (False, None)
     ]
     raise_all(problems)
-    defaults = {name: option.default for name, option in options.items()}
+    defaults = {name: bool(option.default) if option.type is FLAG else option.default for name, option in options.items()}
     return ParsedOptions(values=defaults | given, explicit=frozenset(given), sources=sources)
 
 

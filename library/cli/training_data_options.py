@@ -94,6 +94,7 @@ DATA_OPTIONS = (
             Option(name="keep_tokens", type=int, default=0, help="the first N tags stay in place and are never dropped"),
             Option(
                 name="keep_tokens_separator",
+                default="",
                 help="text between fixed and other tags (a second one starts a fixed tail); wins over --keep_tokens",
             ),
             Option(name="secondary_separator", help="glues several tags into one unit while shuffling and dropping"),

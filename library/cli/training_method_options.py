@@ -71,6 +71,7 @@ METHOD_OPTIONS = (
         (
             Option(
                 name="optimizer_type",
+                default="",
                 help="a known name, a class of torch.optim, or a dotted path; AdamW where it is not given",
             ),
             Option(name="use_8bit_adam", type=FLAG, help="old spelling of --optimizer_type AdamW8bit"),
@@ -108,6 +109,7 @@ METHOD_OPTIONS = (
             Option(name="lr_scheduler", default="constant", help="how the learning rate changes over the run"),
             Option(
                 name="lr_scheduler_type",
+                default="",
                 help="a class of torch.optim.lr_scheduler or a dotted path, instead of --lr_scheduler",
             ),
             Option(name="lr_scheduler_args", many=True, help="settings of that class as key=value"),

@@ -22,7 +22,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.training import preparation as prepare
 from library.training.lr_schedules import build_schedule
-from library.training.metadata import RunFacts, training_metadata
+from library.training.metadata import RunFacts, base_model_metadata, training_metadata
 from library.training.module import FrozenParts, TrainableModule
 from library.training.optimizers import is_schedule_free
 from library.training.planning import DTYPES, PlannedRun, attached_network
@@ -58,7 +58,7 @@ def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
         prepare.enable_checkpointing(unet, encoders)
     for note in prepare.use_attention(unet, options.compute, device):
         run.say(note)
-    network = attached_network(run, encoders, unet, device=torch.device("cpu"))
+    network = attached_network(run, encoders, unet)
     prepare.load_start_weights(network, options.network)
     network.to(device=device, dtype=torch.float32)
     built = prepare.build_network_optimizer(network, options)
@@ -207,7 +207,7 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
         started_at=run.started_at,
         seed=run.seed,
         base_model_version=run.base.family.base_model_versions[run.prediction_type],
-        base_model=run.base.metadata(),
+        base_model=base_model_metadata(run.base.path, run.options.base.vae),
         dataset=dataset_metadata(run.dataset),
         optimizer=optimizer,
         network_dim=options.network.dim,

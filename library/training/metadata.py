@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from library.training.options import TrainingOptions
@@ -73,6 +74,20 @@ def training_metadata(
     if options.saving.minimal_metadata:
         return {name: metadata[name] for name in MINIMAL if name in metadata}
     return metadata
+
+
+def base_model_metadata(path: Path, vae: str | None) -> dict[str, str]:
+    """Names and hashes of the base model and of a VAE that replaces its own; hashing a file is remembered."""
+    from library.checkpoints.hashes import legacy_model_hash, sha256_of_file
+
+    files = {"sd_model": path} | ({"vae": Path(vae)} if vae else {})
+    fields: dict[str, str] = {}
+    for kind, file in files.items():
+        fields[f"ss_{kind}_name"] = file.name
+        if file.is_file():
+            fields[f"ss_{kind}_hash"] = legacy_model_hash(file)
+            fields[f"ss_new_{kind}_hash"] = sha256_of_file(file)
+    return fields
 
 
 def _about_the_run(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:

@@ -94,15 +94,21 @@ def plan_text(options: TrainingOptions, facts: PlanFacts) -> str:
     return "\n".join(lines)
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _length_lines(facts: PlanFacts) -> list[str]:
     length, sizes = facts.length, sorted(set(facts.batch_sizes))
     batch = "/".join(map(str, sizes))
     shares = f"{facts.processes} x " if facts.processes > 1 else ""
     accumulated = f" x {length.accumulation} micro-batches" if length.accumulation > 1 else ""
     whole, rest = divmod(length.steps, length.steps_per_epoch)
-    epochs = f"{whole} epochs" + (f" and {rest} steps" if rest else "")
+    epochs = " and ".join(filter(None, [counted(whole, "epoch") if whole else "", counted(rest, "step") if rest else ""]))
     return [
-        f"{length.steps} steps of {shares}{batch} images{accumulated}: {epochs} of {length.steps_per_epoch} steps",
+        f"{counted(length.steps, 'step')} of {shares}{batch} images{accumulated}: {epochs}; "
+        f"{counted(length.steps_per_epoch, 'step')} in an epoch",
         f"seed {facts.seed}",
     ]
 
@@ -127,9 +133,9 @@ def _saving_lines(options: TrainingOptions, facts: PlanFacts) -> list[str]:
     lines = [str(saving.output_dir / final_file(saving))]
     every_epochs = epochs_between_saves(saving, facts.length.epochs)
     if every_epochs:
-        lines.append(f"and one every {every_epochs} epochs")
+        lines.append(f"and one every {counted(every_epochs, 'epoch')}")
     if saving.every_n_steps:
-        lines.append(f"and one every {saving.every_n_steps} steps")
+        lines.append(f"and one every {counted(saving.every_n_steps, 'step')}")
     if options.previews.prompts:
         lines.append(f"previews in {saving.output_dir / 'sample'}")
     if options.logging.folder:

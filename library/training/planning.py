@@ -75,7 +75,7 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
         v2=options.base.v2,
         v_parameterization=options.base.v_parameterization,
     )
-    family, prediction_type = base.family, base.prediction_type or "epsilon"
+    family, prediction_type = base.family, base.resolved_prediction_type
     options.loss.check_prediction_type(prediction_type)  # type: ignore[arg-type]
     prepare.check_rates(options, len(family.text_encoder_prefixes))
     factor = family.latent_factor
@@ -123,21 +123,18 @@ def _common_seed(options: TrainingOptions, accelerator: Accelerator) -> int:
 
 
 def skeleton_network(run: PlannedRun) -> Any:
-    """The network on modules without weights: arguments are checked and sizes known before anything is loaded."""
-    meta = torch.device("meta")
-    encoders = run.base.load_text_encoders(dtype=torch.float32, device=meta)
-    unet = run.base.load_denoiser(dtype=torch.float32, device=meta)
-    network = attached_network(run, encoders, unet, device=meta)
+    """The network on a base without weights: arguments are checked and sizes known before anything is loaded."""
+    encoders, unet = run.base.empty_text_encoders(), run.base.empty_denoiser()
+    network = attached_network(run, encoders, unet)
     prepare.optimizer_groups(network, run.options)
     return network
 
 
-def attached_network(run: PlannedRun, encoders: list[nn.Module], unet: nn.Module, *, device: torch.device) -> Any:
+def attached_network(run: PlannedRun, encoders: Sequence[nn.Module], unet: nn.Module) -> Any:
     """The adapter network, on the layers it belongs to."""
     options = run.options.network
-    with device:
-        network: Any = prepare.create_network(options, encoders, unet, seed=run.seed)
-    encoder = encoders[0] if len(encoders) == 1 else encoders
+    network: Any = prepare.create_network(options, encoders, unet, seed=run.seed)
+    encoder = encoders[0] if len(encoders) == 1 else list(encoders)
     network.apply_to(encoder, unet, options.train_text_encoder, options.train_unet)
     return network
 

@@ -84,7 +84,7 @@ def test_all_mistakes_are_told_at_once():
     assert len(str(error.value).splitlines()) == 3
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path):
     def write(text: str) -> str:
         path = tmp_path / "config.toml"
