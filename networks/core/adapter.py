@@ -1,8 +1,8 @@
 """What every adapter algorithm offers for one layer: the change of its weight, the effect on its output, the saved tensors.
 
 An adapter does not replace or own its base layer. It is handed the layer's output by a forward hook
-(`AdapterNetwork.attach`) and returns the output with its effect added, so any number of adapters stack on one layer and leave
-in any order.
+(`AdapterNetwork.attach`) and returns the output with its effect added, so any number of adapters stack on one layer and
+leave in any order.
 
 A new algorithm gives `delta_weight` and `tensors` / `from_tensors`; `forward` here follows from `delta_weight`, and is
 overridden where there is a faster way to the same numbers.

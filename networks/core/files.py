@@ -40,11 +40,13 @@ class LoadReport:
         matched: layer name -> tensors, for the layers that both have.
         unmatched: layers of the file that the network has not.
         missing: layers of the network that the file has not.
+        layout: the name of a layout that the file is in and that is not read.
     """
 
     matched: dict[str, LayerTensors]
     unmatched: tuple[str, ...]
     missing: tuple[str, ...]
+    layout: str | None = None
 
     def __str__(self) -> str:
         return f"{len(self.matched)} layers loaded, {len(self.unmatched)} left out, {len(self.missing)} not in the file"
@@ -57,8 +59,7 @@ class LoadReport:
         """
         total = len(self.matched) + len(self.unmatched)
         if not self.matched:
-            layout = other_layout(self.unmatched)
-            what = f"it is in {layout}, which is not read" if layout else f"none of its {total} layers fits"
+            what = f"it is in {self.layout}, which is not read" if self.layout else f"none of its {total} layers fits"
             raise UserError(
                 f"{what} ({_examples(self.unmatched) or 'the file is empty'})",
                 where=where,
@@ -89,6 +90,7 @@ def match_layers(tensors: Mapping[str, Tensor], names: Collection[str]) -> LoadR
         matched={name: layers[name] for name in layers if name in names},
         unmatched=tuple(name for name in layers if name not in names),
         missing=tuple(name for name in names if name not in layers),
+        layout=other_layout(tensors),
     )
 
 

@@ -1,0 +1,85 @@
+"""Tiny models to hang adapters on, and networks whose weights act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.families.sd1 import SD1
+from library.families.sd2 import SD2
+from tests.support.tiny_models import build_tiny_parts
+
+
+class Models:
+    """A tiny model of one family, with one input for each part."""
+
+    def __init__(self, family) -> None:
+        self.family = family
+        parts = build_tiny_parts(family)
+        self.unet, self.text_encoder, self.vae = parts["unet"], parts["text_encoder"], parts["vae"]
+        for part in parts.values():
+            part.requires_grad_(False)
+        stream = torch.Generator().manual_seed(5)
+        self.latents = torch.randn(2, 4, 16, 16, generator=stream)  # the lowest level has 4 places to attend to
+        self.context = torch.randn(2, 7, 32, generator=stream)
+        self.tokens = torch.randint(0, 49000, (2, 12), generator=stream)
+
+    def picture(self) -> Tensor:
+        return self.unet(self.latents, torch.tensor([10, 500]), self.context).sample
+
+    def text(self) -> Tensor:
+        return self.text_encoder(self.tokens).last_hidden_state
+
+    def both(self) -> Tensor:
+        return torch.cat([self.picture().flatten(), self.text().flatten()])
+
+
+def _clean(models: Models) -> Iterator[Models]:
+    """Hand the models out, and see that they come back as they were."""
+    before = {
+        name: value.clone() for name, value in models.unet.state_dict().items() if "attn1.to_q" in name or "conv1" in name
+    }
+    yield models
+    for module in [*models.unet.modules(), *models.text_encoder.modules()]:
+        module._forward_hooks.clear()
+    for name, value in models.unet.state_dict().items():
+        assert name not in before or torch.equal(value, before[name]), f"a test left {name} changed"
+
+
+@pytest.fixture(scope="session")
+def _sd1() -> Models:
+    return Models(SD1)
+
+
+@pytest.fixture(scope="session")
+def _sd2() -> Models:
+    return Models(SD2)
+
+
+@pytest.fixture
+def sd1(_sd1: Models) -> Iterator[Models]:
+    """Tiny SD1, shared by all tests: hooks and weights must be as before afterwards."""
+    yield from _clean(_sd1)
+
+
+@pytest.fixture
+def sd2(_sd2: Models) -> Iterator[Models]:
+    """Tiny SD2 with linear projections, likewise."""
+    yield from _clean(_sd2)
+
+
+@pytest.fixture(scope="session")
+def perturb() -> Callable[..., nn.Module]:
+    """Give every adapter parameter a value that acts; different in every network with another seed."""
+
+    def perturb(network: nn.Module, seed: int = 0, spread: float = 0.15) -> nn.Module:
+        stream = torch.Generator().manual_seed(1000 + seed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=stream))
+        return network
+
+    return perturb

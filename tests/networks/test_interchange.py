@@ -1,0 +1,165 @@
+"""Other programs as judges: they read our files and arrive at the same numbers; and the documentation's example runs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from networks import lora
+
+
+@pytest.fixture(params=["sd1", "sd2"])
+def models(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def folder(request, models):
+    return request.getfixturevalue(f"tiny_{models.family.name}_folder")
+
+
+def pipeline(folder):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def saved(models, perturb, tmp_path):
+    """A network whose weights act, and its file."""
+    network = lora.create_network(1.0, 4, 2, None, models.text_encoder, models.unet, conv_dim=4, conv_alpha=2)
+    path = tmp_path / "ours.safetensors"
+    perturb(network).save_weights(path, None, {"ss_network_module": "networks.lora"})
+    return network, path
+
+
+def outputs(models, unet, text_encoder):
+    """What a model makes of the fixture's inputs."""
+    picture = unet(models.latents, torch.tensor([10, 500]), models.context).sample
+    return picture, text_encoder(models.tokens).last_hidden_state
+
+
+@torch.no_grad()
+def test_diffusers_reads_our_file_and_gives_the_same_outputs(models, folder, saved):
+    network, path = saved
+    base = outputs(models, models.unet, models.text_encoder)
+    network.attach()
+    ours = outputs(models, models.unet, models.text_encoder)
+    pipe = pipeline(folder)
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    theirs = outputs(models, pipe.unet, pipe.text_encoder)
+    for mine, other, plain in zip(ours, theirs, base, strict=True):
+        assert (mine - plain).abs().max() > 0.05
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+@torch.no_grad()
+def test_lycoris_reads_our_file_and_gives_the_same_picture(models, saved, monkeypatch):
+    lycoris = pytest.importorskip("lycoris.kohya")
+    network, path = saved
+    base = models.picture()
+    network.attach()
+    ours = models.picture()
+    network.detach()
+    # Its text-encoder names come from the modules in hand, which lost their text_model level in transformers 5.6.
+    weights = {key: value for key, value in load_file(path).items() if key.startswith("lora_unet")}
+    # Its list of names clashes with its list of classes on diffusers' U-Net ("duplicated lora name").
+    monkeypatch.setattr(lycoris.LycorisNetworkKohya, "UNET_TARGET_REPLACE_NAME", [])
+    theirs, _ = lycoris.create_network_from_weights(1.0, str(path), None, None, models.unet, weights_sd=weights)
+    try:
+        theirs.apply_to(None, models.unet, False, True)
+        theirs.load_state_dict(weights, strict=False)
+        picture = models.picture()
+    finally:
+        for module in models.unet.modules():
+            module.__dict__.pop("forward", None)
+    assert (ours - base).abs().max() > 0.05
+    torch.testing.assert_close(ours, picture, rtol=1e-4, atol=1e-4 * base.abs().max().item())
+    assert torch.equal(models.picture(), base)
+
+
+@torch.no_grad()
+def test_a_file_of_diffusers_is_read(models, folder, tmp_path):
+    """diffusers' kohya export calls the only text encoder `lora_te1`."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    pipe = pipeline(folder)
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False)
+    pipe.unet.add_adapter(config)
+    expected = outputs(models, pipe.unet, models.text_encoder)[0]
+    state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(pipe.unet).items()}
+    kohya = convert_state_dict_to_kohya(state)
+    kohya = {key: torch.tensor(2.0) if key.endswith("alpha") else value.contiguous() for key, value in kohya.items()}
+    save_file(kohya, tmp_path / "theirs.safetensors")
+    network, _ = lora.create_network_from_weights(
+        1.0, tmp_path / "theirs.safetensors", None, models.text_encoder, models.unet
+    )
+    base = models.picture()
+    network.attach()
+    assert (expected - base).abs().max() > 0.05
+    torch.testing.assert_close(models.picture(), expected, rtol=1e-4, atol=1e-4 * base.abs().max().item())
+
+
+def test_the_documentations_example(tiny_sd1_folder, sd1, perturb, tmp_path):
+    """The Python example of sd-scripts' train_network_README, from its imports to the picture, on the CPU."""
+    from networks.lora import LoRAModule, create_network_from_weights
+
+    for number in (1, 2, 3):
+        network = lora.create_network(1.0, 4, number, None, sd1.text_encoder, sd1.unet)
+        perturb(network, number, 0.1).save_weights(tmp_path / f"lora{number}.safetensors", torch.float16, None)
+
+    device = "cpu"
+    pipe = pipeline(tiny_sd1_folder).to(device)
+    vae = pipe.vae
+    text_encoder = pipe.text_encoder
+    unet = pipe.unet
+
+    def picture():
+        with torch.autocast(device, dtype=torch.bfloat16):
+            noise = torch.Generator().manual_seed(1)
+            images = pipe("a red ball", num_inference_steps=2, generator=noise, height=64, width=64, output_type="np").images
+        return torch.from_numpy(images[0])
+
+    plain = picture()
+    pictures = []
+    networks = []
+    for number, strength in ((1, 0.5), (2, 0.7), (3, 0.5)):
+        sd = load_file(tmp_path / f"lora{number}.safetensors")
+        network, sd = create_network_from_weights(strength, None, vae, text_encoder, unet, sd)
+        network.apply_to(text_encoder, unet)
+        network.load_state_dict(sd)
+        network.to(device, dtype=torch.float16)
+        assert isinstance(network.adapter(next(iter(network.targets))), LoRAModule)
+        pictures.append(picture())
+        networks.append(network)
+    assert not torch.allclose(pictures[0], plain, atol=1e-3)
+    assert not torch.allclose(pictures[1], pictures[0], atol=1e-3)
+    assert not torch.allclose(pictures[2], pictures[1], atol=1e-3)
+    networks[0].set_multiplier(0.8)
+    assert not torch.allclose(picture(), pictures[2], atol=1e-3)
+    for network in networks:
+        network.set_multiplier(0)
+    assert torch.equal(picture(), plain)
+
+    for network in networks:
+        network.detach()
+    for number, strength in ((1, 0.5), (2, 0.7), (3, 0.5)):
+        sd = load_file(tmp_path / f"lora{number}.safetensors")
+        network, sd = create_network_from_weights(strength, None, vae, text_encoder, unet, sd)
+        network.merge_to(text_encoder, unet, sd)
+    merged = picture()
+    assert (merged - pictures[2]).abs().mean() < 0.02 < (merged - plain).abs().mean(), "the same picture, but for bf16"
+
+
+def test_names_of_sd_scripts_can_be_imported():
+    assert issubclass(lora.LoRANetwork, torch.nn.Module)
+    assert issubclass(lora.LoRAInfModule, lora.LoRAModule)
+    assert "torchvision" not in sys.modules
