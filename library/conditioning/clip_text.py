@@ -1,0 +1,161 @@
+"""Texts to conditions with CLIP's text encoders: tokens in chunks of 75, encoded chunk by chunk, weighted where asked.
+
+Shapes: B texts, n chunks, 77 tokens a chunk (start, 75 of the text, end), D the encoder's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from library.conditioning import prompt_weights
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+CHUNK = 75
+CHUNK_WITH_ENDS = CHUNK + 2
+
+WeightMode = Literal["multiply", "keep_mean"]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokens of a batch.
+
+    Attributes:
+        ids: (B, n, 77), int64.
+        weights: (B, n, 77), fp32; None where every weight is 1 by right.
+    """
+
+    ids: Tensor
+    weights: Tensor | None = None
+
+
+def token_ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """The tokens of a text, without start, end and padding, however many.
+
+    SD2 pads with "!", so that its tokenizer would read every "!" of a text as padding. The model was not trained that way:
+    OpenCLIP's tokenizer reads the character, as the web UIs do. So there special tokens are not looked for in texts.
+    """
+    pad_is_text = tokenizer.pad_token not in (tokenizer.bos_token, tokenizer.eos_token)
+    settings: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": pad_is_text, "verbose": False}
+    return tokenizer(text, **settings).input_ids
+
+
+def tokenize(
+    tokenizer: CLIPTokenizer, texts: Sequence[str], *, max_length: int = CHUNK, weighted: bool = False
+) -> TokenBatch:
+    """Tokens of texts, cut off at `max_length` and laid out in chunks.
+
+    Args:
+        tokenizer: says by its pad token how the rest of a chunk is filled.
+        texts: B of them; an empty text is a text of no tokens.
+        max_length: 75, 150 or 225 tokens; every text gets as many chunks as that takes.
+        weighted: read weights in the texts (`prompt_weights`).
+
+    Raises:
+        ValueError: for a length that is not a multiple of 75.
+    """
+    if max_length < CHUNK or max_length % CHUNK:
+        raise ValueError(f"max_length must be a multiple of {CHUNK}, not {max_length}")
+    ids, weights = [], []
+    for text in texts:
+        parts = prompt_weights.parse(text) if weighted else [(text, 1.0)]
+        tokens = [(token, weight) for part, weight in parts for token in token_ids(tokenizer, part)][:max_length]
+        ids.append(_in_chunks([token for token, _ in tokens], max_length, tokenizer))
+        weights.append(_weights_in_chunks([weight for _, weight in tokens], max_length))
+    return TokenBatch(torch.tensor(ids), torch.tensor(weights) if weighted else None)
+
+
+def _in_chunks(tokens: list[int], max_length: int, tokenizer: CLIPTokenizer) -> list[list[int]]:
+    """The layout that sd-scripts trains with, chunk by chunk.
+
+    The text with its end and padding is made as one long row; each chunk is start, the next 75, and the row's last token.
+    Where padding is not the end token (SD2), a full chunk gets an end, and one without text gets it right behind its start.
+    """
+    start, end, pad = _special_tokens(tokenizer)
+    row = [*tokens, end] + [pad] * (max_length - len(tokens))
+    if max_length == CHUNK:
+        return [[start, *row]]
+    chunks = [[start, *row[first : first + CHUNK], row[-1]] for first in range(0, max_length, CHUNK)]
+    if pad != end:
+        for chunk in chunks:
+            if chunk[-2] not in (end, pad):
+                chunk[-1] = end
+            if chunk[1] == pad:
+                chunk[1] = end
+    return chunks
+
+
+def _special_tokens(tokenizer: CLIPTokenizer) -> tuple[int, int, int]:
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if start is None or end is None or pad is None:
+        raise ValueError("the tokenizer lacks a start, end or pad token")
+    return int(start), int(end), int(pad)
+
+
+def _weights_in_chunks(weights: list[float], max_length: int) -> list[list[float]]:
+    row = weights + [1.0] * (max_length - len(weights))
+    return [[1.0, *row[first : first + CHUNK], 1.0] for first in range(0, max_length, CHUNK)]
+
+
+def encode(
+    text_encoder: nn.Module,
+    tokens: TokenBatch,
+    *,
+    clip_skip: int | None = None,
+    weight_mode: WeightMode = "multiply",
+) -> Tensor:
+    """Conditions of a batch of tokens.
+
+    Args:
+        text_encoder: a CLIPTextModel; gradients flow into it where they are enabled.
+        tokens: from `tokenize`.
+        clip_skip: k takes the k-th layer's output from the end, with the final norm; None and 1 are the last one's.
+        weight_mode: "multiply" scales each token's vector (training); "keep_mean" then scales the whole so that its mean is
+            what it was without weights, as AUTOMATIC1111 does (generation).
+
+    Returns:
+        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; in the encoder's dtype and device.
+
+    Raises:
+        ValueError: for a clip_skip that the encoder has no layer for.
+    """
+    count, chunks, _ = tokens.ids.shape
+    device = next(text_encoder.parameters()).device
+    hidden = _hidden_states(text_encoder, tokens.ids.to(device).flatten(0, 1), clip_skip)
+    joined = _joined(hidden.unflatten(0, (count, chunks)))
+    if tokens.weights is None:
+        return joined
+    return _weighted(joined, _joined(tokens.weights.to(device)), weight_mode)
+
+
+def _hidden_states(text_encoder: Any, ids: Tensor, clip_skip: int | None) -> Tensor:
+    """(chunks, 77) -> (chunks, 77, D)."""
+    if clip_skip in (None, 1):
+        return text_encoder(ids).last_hidden_state
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip is None or not 1 <= clip_skip <= layers:
+        raise ValueError(f"clip_skip must be 1 to {layers}, the text encoder's layers, not {clip_skip}")
+    hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-clip_skip]
+    # transformers before 5.6 keeps the layers one level deeper
+    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm(hidden)
+
+
+def _joined(chunks: Tensor) -> Tensor:
+    """Chunks as one row: (B, n, 77, ...) -> (B, n * 75 + 2, ...), keeping the first start and the last end."""
+    return torch.cat([chunks[:, 0, :1], chunks[:, :, 1:-1].flatten(1, 2), chunks[:, -1, -1:]], dim=1)
+
+
+def _weighted(hidden: Tensor, weights: Tensor, mode: WeightMode) -> Tensor:
+    """(B, L, D) with (B, L); in fp32 for the means, which half precision would round."""
+    scaled = hidden * weights.unsqueeze(-1).to(hidden.dtype)
+    if mode == "multiply" or bool((weights == 1).all()):
+        return scaled
+    before, after = (states.float().mean(dim=(1, 2), keepdim=True) for states in (hidden, scaled))
+    return (scaled.float() * (before / after)).to(hidden.dtype)

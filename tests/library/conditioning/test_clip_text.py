@@ -1,0 +1,155 @@
+"""Tokens and conditions: the published ids, sd-scripts' chunks, layers counted from the end, weights that act."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.checkpoints.tokenizers import shipped_tokenizer
+from library.conditioning.clip_text import TokenBatch, encode, token_ids, tokenize
+from library.families.sd1 import SD1
+from library.families.sd2 import SD2
+from tests.support.tiny_models import build_tiny_parts
+
+START, END = 49406, 49407
+CAT = 2368
+
+
+@pytest.fixture(scope="module", params=[SD1, SD2], ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer(family):
+    return shipped_tokenizer(family)
+
+
+@pytest.fixture(scope="module")
+def text_encoder(family):
+    return build_tiny_parts(family)["text_encoder"]
+
+
+def test_the_published_example_has_its_published_ids(family, tokenizer):
+    ids = tokenize(tokenizer, ["a photo of a cat"]).ids
+    assert ids.shape == (1, 1, 77)
+    assert ids[0, 0, :7].tolist() == [START, 320, 1125, 539, 320, CAT, END]
+    assert ids[0, 0, 7:].unique().tolist() == [family.pad_token_id]
+
+
+def test_one_chunk_is_what_the_tokenizer_itself_makes_of_a_text(tokenizer):
+    texts = ["", "a cat", "Ünïcode 猫, (brackets) 3.5", "dog " * 100]
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(tokenize(tokenizer, texts).ids[:, 0], expected)
+
+
+def sd_scripts_chunks(row: list[int], pad: int) -> list[list[int]]:
+    """The published rule, written as it is told: cut a row of L tokens at 1, 76, 151 and mend the ends."""
+    chunks = []
+    for first in range(1, len(row) - 77 + 2, 75):
+        chunk = [row[0], *row[first : first + 75], row[-1]]
+        if pad != END:
+            chunk[-1] = END if chunk[-2] not in (END, pad) else chunk[-1]
+            chunk[1] = END if chunk[1] == pad else chunk[1]
+        chunks.append(chunk)
+    return chunks
+
+
+@pytest.mark.parametrize("max_length", [150, 225])
+@pytest.mark.parametrize("words", [0, 5, 74, 75, 76, 149, 150, 151, 225, 400])
+def test_long_texts_are_cut_as_sd_scripts_cuts_them(family, tokenizer, max_length, words):
+    text = "cat " * words
+    row = tokenizer(text, padding="max_length", truncation=True, max_length=max_length + 2).input_ids
+    expected = sd_scripts_chunks(row, family.pad_token_id)
+    assert tokenize(tokenizer, [text], max_length=max_length).ids[0].tolist() == expected
+    assert len(expected) == max_length // 75
+
+
+def test_exclamation_marks_are_text_and_not_sd2s_padding(tokenizer):
+    """OpenCLIP, with which SD2 was trained, reads "!" as 256; the ready-made SD2 tokenizer reads it as its padding, 0."""
+    assert token_ids(tokenizer, "cat!") == [CAT, 256]
+    assert token_ids(tokenizer, "wow!!") == token_ids(shipped_tokenizer(SD1), "wow!!")
+
+
+def test_lengths_that_are_no_whole_chunks_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="multiple of 75, not 100"):
+        tokenize(tokenizer, ["a"], max_length=100)
+
+
+def test_conditions_join_the_chunks_without_their_inner_ends(text_encoder, tokenizer):
+    tokens = tokenize(tokenizer, ["cat " * 100, "a dog"], max_length=150)
+    with torch.no_grad():
+        conditions = encode(text_encoder, tokens)
+        first, second = (text_encoder(tokens.ids[:1, chunk]).last_hidden_state for chunk in (0, 1))
+    assert conditions.shape == (2, 152, 32)
+    expected = torch.cat([first[0, :76], second[0, 1:]])
+    torch.testing.assert_close(conditions[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def truncated(text_encoder: torch.nn.Module, ids: Tensor, layers: int) -> Tensor:
+    """Reference: an encoder of the first `layers` layers only, with the final norm."""
+    import copy
+
+    shorter = copy.deepcopy(text_encoder)
+    shorter.encoder.layers = shorter.encoder.layers[:layers]
+    shorter.config.num_hidden_layers = layers
+    return shorter(ids).last_hidden_state
+
+
+def test_clip_skip_counts_layers_from_the_end_and_keeps_the_norm(text_encoder, tokenizer):
+    tokens = tokenize(tokenizer, ["a photo of a cat"])
+    layers = text_encoder.config.num_hidden_layers
+    with torch.no_grad():
+        whole = encode(text_encoder, tokens)
+        assert torch.equal(encode(text_encoder, tokens, clip_skip=1), whole)
+        for skip in range(2, layers + 1):
+            skipped = encode(text_encoder, tokens, clip_skip=skip)
+            assert not torch.allclose(skipped, whole, atol=1e-2), "the skipped layers must act, or this says nothing"
+            torch.testing.assert_close(skipped, truncated(text_encoder, tokens.ids[0], layers - skip + 1))
+    with pytest.raises(ValueError, match=f"clip_skip must be 1 to {layers}"):
+        encode(text_encoder, tokens, clip_skip=layers + 1)
+
+
+def test_weights_of_one_change_nothing(text_encoder, tokenizer):
+    with torch.no_grad():
+        plain = encode(text_encoder, tokenize(tokenizer, ["a photo of a cat"]))
+        for mode in ("multiply", "keep_mean"):
+            weighted = tokenize(tokenizer, ["a photo of a (cat:1.0)"], weighted=True)
+            assert torch.equal(encode(text_encoder, weighted, weight_mode=mode), plain)
+
+
+def test_weights_multiply_exactly_the_tokens_they_belong_to(text_encoder, tokenizer):
+    with torch.no_grad():
+        plain = encode(text_encoder, tokenize(tokenizer, ["a photo of a cat"]))
+        weighted = encode(text_encoder, tokenize(tokenizer, ["a (photo:1.5) of a [cat]"], weighted=True))
+    expected = torch.ones(77)
+    expected[2], expected[5] = 1.5, 1 / 1.1
+    torch.testing.assert_close(weighted[0], plain[0] * expected[:, None])
+
+
+def test_weights_follow_their_tokens_into_later_chunks(tokenizer):
+    tokens = tokenize(tokenizer, ["dog " * 80 + "(cat:1.5)"], max_length=150, weighted=True)
+    assert tokens.weights is not None
+    assert (tokens.weights == 1.5).nonzero().tolist() == [[0, 1, 6]]
+    assert tokens.ids[0, 1, 6] == CAT
+
+
+def test_keep_mean_scales_back_to_the_unweighted_mean(text_encoder, tokenizer):
+    texts = ["a (photo:1.5) of a (cat:0.3)", "a dog"]
+    with torch.no_grad():
+        tokens = tokenize(tokenizer, texts, weighted=True)
+        multiplied = encode(text_encoder, tokens)
+        kept = encode(text_encoder, tokens, weight_mode="keep_mean")
+        plain = encode(text_encoder, TokenBatch(tokens.ids))
+    torch.testing.assert_close(kept.mean(dim=(1, 2)), plain.mean(dim=(1, 2)))
+    ratio = kept[0] / multiplied[0]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0, 0].item()), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(kept[1], plain[1])
+
+
+def test_gradients_flow_into_the_encoder(text_encoder, tokenizer):
+    text_encoder.requires_grad_(True)
+    encode(text_encoder, tokenize(tokenizer, ["a cat"]), clip_skip=2).sum().backward()
+    assert text_encoder.encoder.layers[0].mlp.fc1.weight.grad is not None
+    text_encoder.requires_grad_(False)

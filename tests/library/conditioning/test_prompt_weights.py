@@ -1,0 +1,39 @@
+"""A1111's prompt syntax: every rule once, and none of them changes the words."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.conditioning.prompt_weights import parse
+
+CASES = {
+    "a cat": [("a cat", 1.0)],
+    "": [("", 1.0)],
+    "a (cat)": [("a ", 1.0), ("cat", 1.1)],
+    "a ((cat))": [("a ", 1.0), ("cat", 1.21)],
+    "a [cat] sits": [("a ", 1.0), ("cat", 1 / 1.1), (" sits", 1.0)],
+    "(cat:1.3)": [("cat", 1.3)],
+    "(cat: 0.5 )": [("cat", 0.5)],
+    "(cat:.5)": [("cat", 0.5)],
+    "(cat:-1)": [("cat", -1.0)],
+    "(a (red:2) cat:1.5)": [("a ", 1.5), ("red", 3.0), (" cat", 1.5)],
+    "[(cat)]": [("cat", 1.0)],
+    "([cat:1.3)": [("cat", 1.3 / 1.1)],
+    r"\(cat\) \[x\] \\": [("(cat) [x] \\", 1.0)],
+    r"(a\):1.2)": [("a)", 1.2)],
+    "a (cat": [("a ", 1.0), ("cat", 1.1)],
+    "a cat) b": [("a cat) b", 1.0)],
+    "time 10:30": [("time 10:30", 1.0)],
+    "(time 10:30 pm:1.2)": [("time 10:30 pm", 1.2)],
+    "cat:1.3)": [("cat:1.3)", 1.0)],
+    "(a:1.2.3)": [("a:1.2.3", 1.1)],
+    "()": [("", 1.0)],
+    "a (cat:1.0) b": [("a cat b", 1.0)],
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_weights_are_those_of_the_syntax(text):
+    parts = parse(text)
+    assert [part for part, _ in parts] == [part for part, _ in CASES[text]]
+    assert [weight for _, weight in parts] == pytest.approx([weight for _, weight in CASES[text]])
