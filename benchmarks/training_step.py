@@ -114,7 +114,7 @@ def bare(settings: argparse.Namespace) -> list[float]:
     if settings.checkpointing:
         unet.enable_gradient_checkpointing()
         encoder.train()
-        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for model in (unet, encoder) for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()

@@ -13,6 +13,7 @@ import torch
 
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.dataset.dataset import Dataset, scan_dataset
+from library.quiet import quiet_libraries
 from library.training import preparation as prepare
 from library.training.options import TrainingOptions
 from library.training.plan import PlanFacts, RunLength, run_length
@@ -67,6 +68,7 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     Raises:
         UserError: what is wrong with names, base model or dataset.
     """
+    quiet_libraries()
     prepare.check_names(options)
     accelerator = prepare.build_accelerator(options.compute, find_unused=prepare.adapters_may_rest(options))
     base = open_base_model(

@@ -213,4 +213,4 @@ def enable_checkpointing(denoiser: Any, text_encoders: Sequence[Any]) -> None:
     """Compute activations again in the backward pass instead of keeping them."""
     denoiser.enable_gradient_checkpointing()
     for encoder in text_encoders:
-        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
