@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {"pillow": "PIL", "opencv-python-headless": "cv2"}  # where the names differ
+MODULES = {"pillow": "PIL", "opencv-python-headless": "cv2", "lycoris-lora": "lycoris"}  # where the names differ
 TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
 OWN = {"library", "networks", "tools", "tests", "benchmarks", "train_network", "gen_img_diffusers"}
 OPTIONAL = {"xformers"}  # asked for in requirements-xformers.txt
