@@ -270,7 +270,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "images_per_prompt": (1, math.inf),
     "n_iter": (1, math.inf),
     "batch_size": (1, math.inf),
-    "max_embeddings_multiples": (1, 3),
+    "max_embeddings_multiples": (1, math.inf),
 }
 
 

@@ -46,6 +46,7 @@ RULES: tuple[NoEffect, ...] = (
     NoEffect(("lowram",), _always, "weights are always read straight to the device"),
     NoEffect(("highvram",), _always, "device memory is always kept"),
     NoEffect(("mem_eff_attn",), _always, "torch's scaled_dot_product_attention is used"),
+    NoEffect(("fused_backward_pass",), _always, "the gradients of an adapter are too small to gain from it"),
     NoEffect(("sdpa",), lambda parsed: parsed["xformers"], "--xformers is given as well"),
     NoEffect(("no_half_vae",), _always, "the VAE always runs in fp32"),
     NoEffect(

@@ -98,8 +98,7 @@ METHOD_OPTIONS = (
             Option(
                 name="fused_backward_pass",
                 type=FLAG,
-                help="step each parameter as soon as its gradient is there; Adafactor only, no accumulation",
-                later="an adapter has too few gradients to gain from it",
+                help="step each parameter as soon as its gradient is there; adapters gain nothing from it, it has no effect",
             ),
         ),
     ),
