@@ -218,14 +218,17 @@ class DiskLatents:
             BadImageError: there is none, because the image could not be decoded.
             UserError: it was damaged after the cache was checked.
         """
+        from safetensors.torch import load as load_tensors
+
         path = self.path(image, flip)
         try:
-            return _read_entry(path)[0]
+            tensors = load_tensors(_read_entry(path)[0])
         except FileNotFoundError:
             raise BadImageError(NO_ENTRY) from None
         except _DamagedError as error:
             remedy = "delete it and start again: it will be rebuilt"
             raise UserError(f"the cached latents {error}", where=str(path), remedy=remedy) from None
+        return StoredLatents(tensors["mean"], tensors["std"], tensors.get("mask"))
 
     def missing(self, entries: Sequence[_Entry], *, trust: bool) -> list[_Entry]:
         """The entries that have to be made: no valid file. `trust` looks at names alone."""
@@ -241,7 +244,10 @@ class DiskLatents:
 
     def store(self, entry: _Entry, source: _Source, latents: StoredLatents) -> None:
         facts = {"settings": self.settings(entry.image, entry.flip), "content": source.content}
-        _write_entry(self.path(entry.image, entry.flip), latents, facts, source.state)
+        tensors = {"mean": latents.mean, "std": latents.std}
+        if latents.mask is not None:
+            tensors["mask"] = latents.mask
+        _write_entry(self.path(entry.image, entry.flip), tensors, facts, source.state)
 
     def finish(self) -> None:
         """Nothing is left to do: entries are complete as they are written."""
@@ -269,9 +275,11 @@ class DiskLatents:
 
     def _is_valid(self, entry: _Entry) -> bool:
         """Whether an entry is whole, made with these settings and of what the image file holds now."""
+        from safetensors.torch import load as load_tensors
+
         path = self.path(entry.image, entry.flip)
         try:
-            latents, facts = _read_entry(path)
+            data, facts = _read_entry(path)
             state = json.loads(facts["source"])
         except (_DamagedError, FileNotFoundError, KeyError, ValueError):
             return False
@@ -287,7 +295,7 @@ class DiskLatents:
         except OSError:
             return False
         with suppress(UserError):  # then only the short way of the next check is lost
-            _write_entry(path, latents, {name: facts[name] for name in ("settings", "content")}, state_now)
+            _write_entry(path, load_tensors(data), {name: facts[name] for name in ("settings", "content")}, state_now)
         return True
 
 
@@ -305,48 +313,46 @@ class _DamagedError(Exception):
     """An entry that cannot be used; the message ends a sentence."""
 
 
-def _read_entry(path: Path) -> tuple[StoredLatents, dict[str, str]]:
-    """An entry and what it says of itself, its checksum compared; FileNotFoundError where there is none."""
-    from safetensors import SafetensorError, safe_open
-
+def _read_entry(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The bytes of an entry and what it says of itself, its checksum compared; FileNotFoundError where there is none."""
+    data = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
+        facts, checksum = _facts_and_checksum(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _DamagedError("are damaged") from error
-    if not {"mean", "std"} <= tensors.keys() or facts.get("checksum") != _checksum(tensors):
+    if facts.get("checksum") != checksum:
         raise _DamagedError("are damaged")
-    return StoredLatents(tensors["mean"], tensors["std"], tensors.get("mask")), facts
+    return data, facts
 
 
-def _write_entry(path: Path, latents: StoredLatents, facts: dict[str, str], state: list[int]) -> None:
+def _facts_and_checksum(data: bytes) -> tuple[dict[str, str], str]:
+    """What a safetensors file says of itself, and the CRC-32 of all that is in it, its own line left out.
+
+    The header is taken apart here (8 bytes length, then JSON), because a check of all entries need not make tensors.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    facts = dict(header["__metadata__"])
+    header["__metadata__"] = {name: facts[name] for name in facts if name != "checksum"}
+    checksum = zlib.crc32(memoryview(data)[start:], zlib.crc32(json.dumps(header, sort_keys=True).encode()))
+    return facts, f"{checksum:08x}"
+
+
+def _write_entry(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], state: list[int]) -> None:
     """Write under another name and rename, so that no half entry is seen; what a power cut leaves fails the checksum."""
     from safetensors.torch import save
 
-    tensors = {"mean": latents.mean, "std": latents.std}
-    if latents.mask is not None:
-        tensors["mask"] = latents.mask
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    facts = {**facts, "source": json.dumps(state)}
+    _, checksum = _facts_and_checksum(save(tensors, facts))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(save(tensors, {**facts, "source": json.dumps(state), "checksum": _checksum(tensors)}))
+        part.write_bytes(save(tensors, {**facts, "checksum": checksum}))
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         remedy = "make room, or keep latents in memory with --cache_latents alone"
         raise UserError(f"latents cannot be written ({error.strerror})", where=str(path), remedy=remedy) from None
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 over names, shapes and values."""
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode(), value)
-        value = zlib.crc32(tensors[name].numpy().data, value)
-    return f"{value:08x}"
 
 
 def _encode_all(

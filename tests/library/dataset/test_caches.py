@@ -1,4 +1,4 @@
-"""A cached run equals an uncached one, whatever happened to files, settings and cache before; only what is stale is rebuilt."""
+"""A cached run equals an uncached one, whatever happened to files, settings and cache before; only the stale is rebuilt."""
 
 from __future__ import annotations
 
@@ -144,6 +144,20 @@ def test_only_the_entry_concerned_is_rebuilt_after(options, folder, tiny_vae, ch
     change(folder)
     assert encoded_by(options, tiny_vae) == 1
     assert encoded_by(options, tiny_vae) == 0
+
+
+def test_no_flipped_byte_anywhere_in_an_entry_is_ever_read_as_other_latents(options, folder, tiny_vae):
+    dataset, cache, _ = build(options, tiny_vae)
+    image = dataset.images[1]
+    path, right = cache.path(image, False), cache.read(image, False)
+    whole = path.read_bytes()
+    for place in (*range(0, len(whole) - 2048, 3), *range(len(whole) - 2048, len(whole), 97)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        if not cache.missing([caches._Entry(image, False)], trust=False):
+            assert torch.equal(cache.read(image, False).mean, right.mean)
+            assert torch.equal(cache.read(image, False).std, right.std)
 
 
 def touch(folder):
