@@ -194,7 +194,7 @@ def test_a_rounded_size_is_said(capsys, tiny_sd1_folder, tmp_path):
 def test_every_mistake_of_the_command_line_is_told_at_once(capsys):
     sentences = refused(
         *(capsys, "--W", -64, "--steps", 0, "--seed", -1, "--fp16", "--bf16", "--network_mul", 1, "--batch_size", 0),
-        *("--max_embeddings_multiples", 4),
+        *("--max_embeddings_multiples", 0),
     ).splitlines()
     assert len(sentences) == 9
     for start in (
@@ -234,6 +234,7 @@ def test_every_mistake_in_files_and_folders_is_told_at_once_before_anything_is_l
         (("--network_args", "rank"), "'rank' has no value; write key=value"),
         (("--scale", "nan"), "--scale nan: is not finite"),
         (("--promt", "a"), "did you mean prompt"),
+        (("--clip_skip", 4), "--clip_skip 4: the text encoder has 3 layers; give 1 to 3"),
         (("--v2",), "leave out --v2"),
         (("--v_parameterization",), "leave out --v_parameterization"),
     ],

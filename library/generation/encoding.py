@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from library.conditioning import clip_text, prompt_weights
+from library.conditioning.clip_text import CHUNK
 from library.generation.requests import ImageRequest
-
-CHUNK = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class PromptEncoder:
     that need different numbers do not share a batch: more (empty) chunks would change the picture.
 
     Args:
-        max_chunks: 1 to 3; tokens beyond are dropped, with a note.
+        max_chunks: 1 or more; tokens beyond are dropped, with a note.
         note: is told what was dropped, once per text.
     """
 
@@ -58,13 +58,12 @@ class PromptEncoder:
 
     def _chunks_of(self, text: str) -> int:
         if text not in self._known_chunks:
-            tokens = sum(
-                len(self._tokenizer(part, add_special_tokens=False).input_ids) for part, _ in prompt_weights.parse(text)
-            )
+            parts = prompt_weights.parse(text)
+            tokens = sum(len(clip_text.token_ids(self._tokenizer, part)) for part, _ in parts)
             room = self._max_chunks * CHUNK
             if tokens > room:
                 self._note(f"the prompt {shortened(text)!r} has {tokens} tokens; the last {tokens - room} are left out")
-            self._known_chunks[text] = min(self._max_chunks, max(1, -(-tokens // CHUNK)))
+            self._known_chunks[text] = min(self._max_chunks, max(1, math.ceil(tokens / CHUNK)))
         return self._known_chunks[text]
 
     def encode(self, requests: Sequence[ImageRequest], device: torch.device) -> Conditions:

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,7 @@ def _checked(options: GenerationOptions) -> tuple[BaseModelFiles, list[PromptLin
     _try(lambda: _check_precision(options.model), problems)
     base_model = _try(lambda: _open_base_model(options.model), problems)
     if base_model is not None:
+        _try(lambda: _check_clip_skip(options.pictures.clip_skip, base_model), problems)
         for network in options.networks:
             if network.file.is_file():
                 _try(lambda file=network.file: _check_family(file, base_model), problems)  # type: ignore[misc]
@@ -129,6 +130,14 @@ def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
 
 
+def _check_clip_skip(clip_skip: int | None, base_model: BaseModelFiles) -> None:
+    layers = base_model.parts["text_encoder"].config["num_hidden_layers"]
+    if clip_skip is not None and clip_skip > layers:
+        raise UserError(
+            f"the text encoder has {layers} layers", where=f"--clip_skip {clip_skip}", remedy=f"give 1 to {layers}"
+        )
+
+
 def _notes_on(base_model: BaseModelFiles, model: ModelOptions) -> list[str]:
     """What is taken for granted about the base model."""
     notes = []
@@ -178,7 +187,7 @@ def _draw(
     """Draw and save all pictures, each as soon as it is there; returns their number."""
     from library.generation.pipeline import Hooks
 
-    paths = _sequential_paths(options.output_folder) if options.sequential_names else None
+    name = _sequential_names(options.output_folder) if options.sequential_names else _timed_names(options.output_folder)
     progress = DrawingProgress(requests)
     try:
         drawn = pipeline.stream(
@@ -186,7 +195,7 @@ def _draw(
         )
         for number, image in drawn:
             request = requests[number]
-            path = _timed_path(options.output_folder, number, request.seed) if paths is None else next(paths)
+            path = name(number, request.seed)
             write_png(path, image, request, made_with)
             progress.drawn(path)
     finally:
@@ -194,23 +203,29 @@ def _draw(
     return len(requests)
 
 
-def _timed_path(folder: Path, number: int, seed: int) -> Path:
-    """im_{time}_{number}_{seed}.png, as sd-scripts names it; never one that exists."""
-    stem = f"im_{time.strftime('%Y%m%d%H%M%S')}_{number:03d}_{seed}"
-    path, copies = folder / f"{stem}.png", 1
-    while path.exists():
-        copies += 1
-        path = folder / f"{stem}_{copies}.png"
-    return path
+def _timed_names(folder: Path) -> Callable[[int, int], Path]:
+    """im_{time}_{number}_{seed}.png, as sd-scripts names it; never one that exists.
+
+    The time is the command's for all its pictures, so that sorting by name sorts them by prompt.
+    """
+    started = time.strftime("%Y%m%d%H%M%S")
+
+    def name(number: int, seed: int) -> Path:
+        stem = f"im_{started}_{number:03d}_{seed}"
+        path, copies = folder / f"{stem}.png", 1
+        while path.exists():
+            copies += 1
+            path = folder / f"{stem}_{copies}.png"
+        return path
+
+    return name
 
 
-def _sequential_paths(folder: Path) -> Iterator[Path]:
+def _sequential_names(folder: Path) -> Callable[[int, int], Path]:
     """im_000001.png and so on, after the highest number in the folder; sd-scripts begins at 1 and overwrites."""
-    numbers = [int(path.stem[3:]) for path in folder.glob("im_*.png") if path.stem[3:].isdigit()]
-    number = max(numbers, default=0)
-    while True:
-        number += 1
-        yield folder / f"im_{number:06d}.png"
+    numbers = [int(path.stem[3:]) for path in folder.glob("im_*.png") if path.stem[3:].isdecimal()]
+    first = max(numbers, default=0) + 1
+    return lambda number, _: folder / f"im_{first + number:06d}.png"
 
 
 class DrawingProgress:
