@@ -201,6 +201,7 @@ def scan_dataset(options: DatasetOptions, *, latent_factor: int = 8, size_multip
     Raises:
         UserError: everything that is wrong with the settings and, if none is, with the data; all at once.
     """
+    from library.dataset.duplicates import duplicate_images
     from library.dataset.scan import scan_subsets
     from library.dataset.sources import Findings, read_settings
 
@@ -220,6 +221,10 @@ def scan_dataset(options: DatasetOptions, *, latent_factor: int = 8, size_multip
                     bad.append((found.path, fit))
                     continue
                 images.append(DatasetImage(number, place, found.path, found.size, found.caption, found.tags, fit, 0))
+    findings.notices.extend(
+        f"the same picture under several names: {', '.join(map(str, group))}"
+        for group in duplicate_images(image.path for image in images)
+    )
     raise_all(findings.problems + (bad_image_problems(bad) if options.on_bad_image == "stop" else []))
     found_data = Dataset(
         options=options,

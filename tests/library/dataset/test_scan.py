@@ -203,3 +203,10 @@ def test_no_pixel_is_decoded_by_a_scan(draw_images, monkeypatch):
     folder = draw_images("a", [(64, 64)])
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a scan reads headers alone"))
     assert scan_folder(folder).images[0].size == (64, 64)
+
+
+def test_the_same_picture_under_several_names_is_said(draw_images):
+    folder = draw_images("a", [(64, 64), (96, 64), (70, 64)])
+    (folder / "copy.png").write_bytes((folder / "001.png").read_bytes())
+    said = [notice for notice in scan_folder(folder).notices if "same picture under several names" in notice]
+    assert said == [f"the same picture under several names: {folder / '001.png'}, {folder / 'copy.png'}"]
