@@ -180,18 +180,23 @@ def load_tables(path: Path) -> dict[str, Any]:
     return tables
 
 
-def check_command_line(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The command line's fall-backs by the names of the file's keys, held to the rules of the file; None means not set."""
+def check_command_line(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[UserError]]:
+    """The command line's fall-backs, by the names of the file's keys, held to the rules of the file.
+
+    Returns:
+        What is set and right (None means not set), and a sentence for everything else.
+    """
+    problems = []
+    checked = dict(values)
     try:
-        return CommandLine.model_validate(dict(values)).given()
+        return CommandLine.model_validate(checked).given(), []
     except ValidationError as error:
-        problems = []
         for problem in error.errors():
             key = str(problem["loc"][0])
             option = f"--{COMMAND_LINE_NAMES.get(key, key)}"
             problems.append(UserError(_fault(problem), where=f"{option} {problem['input']}"))
-        raise_all(problems)
-        raise
+            checked[key] = None
+    return CommandLine.model_validate(checked).given(), problems
 
 
 def place(path: Path, dataset: int | None = None, subset: int | None = None) -> str:

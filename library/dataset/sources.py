@@ -67,21 +67,21 @@ def read_settings(options: DatasetOptions, *, size_multiple: int) -> tuple[list[
 
 
 def _fallbacks(options: DatasetOptions, findings: Findings) -> dict[str, Any]:
-    """The command line under the names of the file's keys."""
+    """The command line under the names of the file's keys; what is wrong there gives way to the default, to look on."""
+    for what, least in (("prior_loss_weight", 0), ("vae_batch_size", 1)):
+        if getattr(options, what) < least:
+            findings.problem(f"should be {least} or more", where=f"--{what} {getattr(options, what)}")
+    given, problems = schema.check_command_line(_by_key(options))
+    findings.problems.extend(problems)
+    defaults, _ = schema.check_command_line(_by_key(DatasetOptions()))
+    return {**defaults, **given}
+
+
+def _by_key(options: DatasetOptions) -> dict[str, Any]:
+    """The fall-backs among the options, by key of the dataset file."""
+    names = {key: schema.COMMAND_LINE_NAMES.get(key, key) for key in schema.CommandLine.model_fields}
     known = {spec.name for spec in fields(DatasetOptions)}
-    values = {}
-    for key in schema.CommandLine.model_fields:
-        option = schema.COMMAND_LINE_NAMES.get(key, key)
-        if option in known:
-            values[key] = getattr(options, option)
-    for what, number in (("prior_loss_weight", options.prior_loss_weight), ("vae_batch_size", options.vae_batch_size - 1)):
-        if number < 0:
-            findings.problem("is too small", where=f"--{what} {getattr(options, what)}")
-    try:
-        return schema.check_command_line(values)
-    except UserError as error:
-        findings.problems.extend(getattr(error, "problems", (error,)))
-        return {key: value for key, value in values.items() if key not in ("resolution", "face_crop_aug_range")}
+    return {key: getattr(options, name) for key, name in names.items() if name in known}
 
 
 def _from_file(options: DatasetOptions, fallbacks: dict[str, Any], findings: Findings) -> list[DatasetSettings]:
@@ -190,7 +190,9 @@ def _dataset(values: dict[str, Any], where: str, subsets: Iterable[SubsetSetting
             findings.notice(subset.where, "left out, because num_repeats is 0")
         else:
             used.append(subset)
-    if "resolution" not in values and not any(problem.where == "--resolution" for problem in findings.problems):
+    if "resolution" not in values and not any(
+        (problem.where or "").startswith("--resolution") for problem in findings.problems
+    ):
         remedy = "give --resolution, or resolution in the dataset file (512 for most SD 1.x models)"
         findings.problem("the resolution is missing", where=where, remedy=remedy)
     buckets = {target: values[key] for key, target in _BUCKET_KEYS.items() if key in values}

@@ -75,6 +75,8 @@ def test_the_order_is_new_in_every_epoch_and_the_same_for_the_same_seed(mixed):
     assert mixed.epoch(1, seed=0) == mixed.epoch(1, seed=0)
     assert mixed.epoch(1, seed=0) != mixed.epoch(2, seed=0)
     assert mixed.epoch(1, seed=0) != mixed.epoch(1, seed=1)
+    groups = [{frozenset(batch.samples) for batch in mixed.epoch(epoch, seed=0)} for epoch in (1, 2)]
+    assert groups[0] != groups[1], "and so are the samples that meet in a batch"
     datasets = [batch.dataset for batch in mixed.epoch(1, seed=0)]
     assert datasets != sorted(datasets), "datasets are mixed"
 
