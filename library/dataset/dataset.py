@@ -6,7 +6,7 @@ neither batch size, buckets, workers nor processes. Epochs are counted from 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +140,16 @@ class Dataset:
         """How many global batches every epoch has."""
         sizes = ((self.settings[dataset].batch_size * processes, len(m)) for (dataset, _), m in self.buckets.items())
         return sum(-(-count // size) for size, count in sizes)
+
+    def without(self, bad_images: Iterable[tuple[Path, str]]) -> Dataset:
+        """The same without some images (path, why), as though they had never been there; a cache stays valid.
+
+        Raises:
+            UserError: nothing is left to learn from.
+        """
+        bad = dict(bad_images)
+        images = [image for image in self.images if image.path not in bad]
+        return arrange(replace(self, bad_images=self.bad_images + tuple(bad.items())), images)
 
 
 def arrange(dataset: Dataset, images: Sequence[DatasetImage]) -> Dataset:

@@ -269,6 +269,11 @@ def test_an_image_that_cannot_be_decoded_stops_or_is_skipped_as_chosen(options, 
     batches = list(load_batches(TrainingBatches(dataset, seed=SEED, draw=draw, latents=cache), epoch_addresses(dataset, 1)))
     assert sum(batch.real.sum().item() for batch in batches) == 2
     assert sum(batch.loss_weights.sum().item() for batch in batches) == 2
+    left = dataset.without(cache.bad_images.items())
+    (address, *_) = addresses = epoch_addresses(left, 1)
+    assert len(addresses) == len(left.images) == 2
+    assert [path.name for path, _ in left.bad_images] == ["001.png"]
+    assert TrainingBatches(left, seed=SEED, draw=draw, latents=cache)[address].real.all()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
