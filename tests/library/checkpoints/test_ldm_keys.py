@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from library.checkpoints.inferred_configs import infer_config
@@ -19,6 +21,7 @@ FULL_CONFIGS = {
 FAMILIES = {"sd1": SD1, "sd2": SD2}
 
 
+@cache
 def full_shapes(name: str, kind: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the full-size module, as diffusers and transformers build it."""
     return ModelPart(kind=kind, config=FULL_CONFIGS[name][kind], sources={}, where="").module_shapes()

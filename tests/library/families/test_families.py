@@ -1,0 +1,170 @@
+"""Families: facts as published, block places as sd-scripts counts them, and every other kind of file called by its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from library.errors import UserError
+from library.families.detect import family_of_adapter, family_of_checkpoint, family_of_folder
+from library.families.sd1 import SD1
+from library.families.sd2 import SD2
+
+UNET = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}
+CLIP = {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768)}
+OPEN_CLIP = {"cond_stage_model.model.token_embedding.weight": (49408, 1024)}
+
+# sd-scripts' table of the 25 places.
+PLACES = {
+    "conv_in": 0,
+    "time_embedding_linear_1": 0,
+    "down_blocks_0_attentions_0_proj_in": 1,
+    "down_blocks_0_resnets_1_conv1": 2,
+    "down_blocks_0_downsamplers_0_conv": 3,
+    "down_blocks_2_attentions_1_transformer_blocks_0_attn1_to_q": 8,
+    "down_blocks_2_downsamplers_0_conv": 9,
+    "down_blocks_3_resnets_1_conv2": 11,
+    "mid_block_attentions_0_proj_out": 12,
+    "mid_block_resnets_1_conv1": 12,
+    "up_blocks_0_resnets_0_conv1": 13,
+    "up_blocks_0_upsamplers_0_conv": 15,
+    "up_blocks_1_attentions_0_proj_in": 16,
+    "up_blocks_2_upsamplers_0_conv": 21,
+    "up_blocks_3_attentions_2_transformer_blocks_0_ff_net_2": 24,
+}
+
+
+@pytest.mark.parametrize("layer", PLACES)
+def test_layers_have_their_published_places(layer):
+    module_name = {"time_embedding_linear_1": "time_embedding.linear_1", "conv_in": "conv_in"}.get(layer)
+    for family in (SD1, SD2):
+        assert family.block_index(f"lora_unet_{layer}") == PLACES[layer]
+        assert family.block_index(module_name or layer.replace("_blocks_", "_blocks.")) == PLACES[layer]
+
+
+def test_layers_outside_the_places_have_none():
+    assert SD1.block_index("lora_unet_conv_out") is None
+    assert SD1.block_index("lora_te_text_model_encoder_layers_0_mlp_fc1") is None
+
+
+def test_families_differ_where_the_models_do():
+    assert (SD1.context_width, SD2.context_width) == (768, 1024)
+    assert (SD1.pad_token_id, SD2.pad_token_id) == (49407, 0)
+    assert SD1.attention_heads((320, 640, 1280, 1280)) == 8
+    assert SD2.attention_heads((320, 640, 1280, 1280)) == [5, 10, 20, 20]
+    assert SD2.base_model_versions == {"epsilon": "sd_v2", "v_prediction": "sd_v2_v"}
+    assert SD2.default_resolution["v_prediction"] == 768
+
+
+def test_checkpoints_are_known_by_their_text_encoder():
+    assert family_of_checkpoint(UNET | CLIP) is SD1
+    assert family_of_checkpoint(UNET | OPEN_CLIP) is SD2
+
+
+OTHERS = {
+    "conditioner.embedders.0.transformer.text_model.x": ("an SDXL checkpoint", UNET),
+    "model.diffusion_model.label_emb.0.0.weight": ("an SDXL checkpoint", UNET),
+    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": ("an SD3 checkpoint", {}),
+    "double_blocks.0.img_attn.qkv.weight": ("a FLUX checkpoint", {}),
+    "transformer_blocks.0.norm1_context.linear.weight": ("an SD3 or FLUX transformer", {}),
+    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": ("an adapter .LoRA. file", {}),
+    "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": ("an adapter .LoRA. file", {}),
+    "emb_params": ("a textual inversion embedding", {}),
+    "control_model.input_blocks.0.0.weight": ("a ControlNet", {}),
+    "down_blocks.0.resnets.0.conv1.weight": ("a U-Net in diffusers' layout", {}),
+    "first_stage_model.encoder.conv_in.weight": ("a VAE without the other parts", {}),
+    "decoder.conv_in.weight": ("a VAE without the other parts", {}),
+    "text_model.encoder.layers.0.self_attn.q_proj.weight": ("a text encoder without", {}),
+    "some.other.tensor": ("not a Stable Diffusion model", {}),
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_what_is_no_base_model_is_called_by_its_name(key):
+    name, others = OTHERS[key]
+    with pytest.raises(UserError, match=rf"^x\.safetensors: is {name}.*; give a Stable Diffusion 1\.x or"):
+        family_of_checkpoint({key: (320, 320), **others}, where="x.safetensors")
+
+
+def test_other_inputs_and_missing_text_encoders_are_told_apart():
+    inpainting = {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}
+    with pytest.raises(UserError, match="is an inpainting model, whose U-Net takes 9 channels instead of 4"):
+        family_of_checkpoint(inpainting | CLIP)
+    to_k = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}
+    with pytest.raises(UserError, match=r"has the U-Net of a Stable Diffusion 2\.x model, but no text encoder"):
+        family_of_checkpoint(UNET | to_k)
+    with pytest.raises(UserError, match="is empty: it has no tensors"):
+        family_of_checkpoint({})
+
+
+def test_folders_are_known_by_their_configurations(tiny_sd1_folder, tiny_sd2_folder, tmp_path):
+    assert family_of_folder(tiny_sd1_folder) is SD1
+    assert family_of_folder(tiny_sd2_folder) is SD2
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_sd1_folder, copy)
+    (copy / "text_encoder_2").mkdir()
+    with pytest.raises(UserError, match="is an SDXL model"):
+        family_of_folder(copy)
+    shutil.rmtree(copy / "text_encoder_2")
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
+    with pytest.raises(UserError, match="is an inpainting model"):
+        family_of_folder(copy)
+    config.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: is not readable JSON"):
+        family_of_folder(copy)
+    shutil.rmtree(copy / "unet")
+    with pytest.raises(UserError, match=r"is no diffusers model folder: it has no unet/config\.json"):
+        family_of_folder(copy)
+
+
+CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+ADAPTERS = {
+    "lora": ({f"{CROSS}.lora_down.weight": (4, 768)}, {f"{CROSS}.lora_down.weight": (4, 1024)}),
+    "loha": ({f"{CROSS}.hada_w1_b": (4, 768)}, {f"{CROSS}.hada_w1_b": (4, 1024)}),
+    "lokr": (
+        {f"{CROSS}.lokr_w1": (16, 24), f"{CROSS}.lokr_w2_a": (20, 4), f"{CROSS}.lokr_w2_b": (4, 32)},
+        {f"{CROSS}.lokr_w1": (16, 32), f"{CROSS}.lokr_w2": (20, 32)},
+    ),
+    "text encoder alone": (
+        {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 768)},
+        {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1024)},
+    ),
+    "peft": (
+        {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)},
+        {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 1024)},
+    ),
+}
+
+
+@pytest.mark.parametrize("algorithm", ADAPTERS)
+def test_adapters_are_known_by_the_width_of_the_text_they_take(algorithm):
+    of_sd1, of_sd2 = ADAPTERS[algorithm]
+    assert family_of_adapter(of_sd1) is SD1
+    assert family_of_adapter(of_sd2) is SD2
+
+
+def test_adapters_of_tiny_models_are_known_by_their_metadata():
+    tiny = {f"{CROSS}.lora_down.weight": (4, 32)}
+    assert family_of_adapter(tiny, metadata={"ss_base_model_version": "sd_v2_v"}) is SD2
+    assert family_of_adapter(tiny, metadata={"modelspec.architecture": "stable-diffusion-v1/lora"}) is SD1
+    assert family_of_adapter(tiny, metadata={"ss_v2": "True"}) is SD2
+    with pytest.raises(UserError, match="says nowhere which models it is for"):
+        family_of_adapter(tiny)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "name"),
+    [
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280), "SDXL"),
+        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", (4, 640), "SDXL"),
+        (f"{CROSS}.lora_down.weight", (4, 2048), "SDXL"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", (4, 3072), "FLUX"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", (4, 1536), "SD3"),
+    ],
+)
+def test_adapters_of_other_families_are_called_by_their_name(key, shape, name):
+    with pytest.raises(UserError, match=f"is an adapter for {name}; Stable Diffusion 1.x and Stable Diffusion 2.x"):
+        family_of_adapter({key: shape})
