@@ -186,6 +186,14 @@ def test_other_settings_have_entries_of_their_own_and_the_old_ones_stay(options,
     assert encoded_by(options, tiny_vae) == 0
 
 
+def test_an_entry_under_a_name_that_is_not_its_own_is_rebuilt(options, tiny_vae):
+    dataset, cache, _ = build(options, tiny_vae)
+    _, other, _ = build(options, tiny_vae, "vae b")
+    image = dataset.images[0]
+    shutil.copy(other.path(image, False), cache.path(image, False))
+    assert encoded_by(options, tiny_vae) == 1
+
+
 def test_another_vae_or_precision_has_entries_of_its_own(options, tiny_vae, other_vae):
     assert encoded_by(options, tiny_vae, "vae a") == 3
     assert encoded_by(options, other_vae, "vae b") == 3
