@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import gen_img_diffusers
+from library.checkpoints import base_model
 from library.checkpoints.base_model import open_base_model
 from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
 from library.cli.options import FLAG, all_options
@@ -26,7 +28,7 @@ from networks import lora
 ROOT = Path(gen_img_diffusers.__file__).parent
 FROZEN = ROOT / "tests" / "library" / "generation" / "gen_img_diffusers_options.txt"
 OPTIONS = all_options(GENERATION_OPTIONS)
-SMALL = ("--W", "64", "--H", "64", "--steps", "2")
+SMALL = ("--W", "64", "--H", "64", "--steps", "1")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -65,6 +67,14 @@ def write_lora(path: Path, model: Path, metadata: dict[str, str] | None = None) 
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     network.save_weights(path, torch.float32, metadata)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tokenizers_are_read_once():
+    """Reading CLIP's vocabulary takes longer than drawing; the runs in processes of their own read it all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "load_tokenizer", cache(base_model.load_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +134,10 @@ def test_a_real_command_draws_names_and_describes_its_pictures(tiny_sd1_folder, 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_each_picture_can_be_drawn_again_alone_with_its_seed(tiny_sd1_folder, tmp_path, sampler):
-    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat", "--sampler", sampler)
-    together = draw(*common, "--outdir", tmp_path / "a", "--seed", 3, "--images_per_prompt", 3, "--batch_size", 3)
-    for path in together:
-        seed = read_recipe(path)[0].seed
-        (alone,) = draw(*common, "--outdir", tmp_path / str(seed), "--seed", seed)
-        assert np.abs(pixels(alone) - pixels(path)).max() <= 1
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat --s 3", "--sampler", sampler)
+    *_, last = draw(*common, "--outdir", tmp_path / "a", "--seed", 3, "--images_per_prompt", 3, "--batch_size", 3)
+    (alone,) = draw(*common, "--outdir", tmp_path / "b", "--seed", read_recipe(last)[0].seed)
+    assert np.abs(pixels(alone) - pixels(last)).max() <= 1
 
 
 def test_without_a_seed_every_command_draws_something_else(tiny_sd1_folder, tmp_path):
@@ -146,14 +154,13 @@ def test_stable_diffusion_2_is_found_out_and_drawn(request, tmp_path, kind):
 
 
 def test_adapters_act_by_their_strength_and_merging_draws_the_same(tiny_sd1_folder, lora_file, tmp_path):
-    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat", "--seed", 1)
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat --s 3", "--seed", 1)
     network = ("--network_module", "networks.lora", "--network_weights", lora_file)
     commands = {
         "plain": (),
         "zero": (*network, "--network_mul", 0),
         "full": network,
-        "merged": (*network, "--network_merge"),
-        "halves": (*("--network_weights", lora_file, lora_file, "--network_mul", 0.5, 0.5),),
+        "merged halves": ("--network_weights", lora_file, lora_file, "--network_mul", 0.5, 0.5, "--network_merge"),
     }
     drawn = {}
     for name, more in commands.items():
@@ -161,8 +168,7 @@ def test_adapters_act_by_their_strength_and_merging_draws_the_same(tiny_sd1_fold
         drawn[name] = pixels(picture)
     assert np.array_equal(drawn["plain"], drawn["zero"])
     assert np.abs(drawn["plain"] - drawn["full"]).mean() > 2
-    assert np.abs(drawn["full"] - drawn["merged"]).max() <= 1
-    assert np.abs(drawn["full"] - drawn["halves"]).max() <= 1
+    assert np.abs(drawn["full"] - drawn["merged halves"]).max() <= 1
 
 
 def test_sequential_names_go_on_where_the_folder_ends(tiny_sd1_folder, tmp_path):
