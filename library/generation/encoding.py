@@ -87,4 +87,5 @@ class PromptEncoder:
 
 
 def shortened(text: str, length: int = 40) -> str:
+    """The beginning of a text, for a sentence about it."""
     return text if len(text) <= length else f"{text[:length]}..."

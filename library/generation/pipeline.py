@@ -77,6 +77,7 @@ class PipelineModels:
     others: Sequence[nn.Module] = ()
 
     def modules(self) -> list[nn.Module]:
+        """All of them, for modes."""
         return [self.denoiser, self.vae, *self.text_encoders, *self.others]
 
 

@@ -249,6 +249,7 @@ class DrawingProgress:
         return sum(request.steps for request in step.requests) * number // step.count
 
     def drawn(self, path: Path) -> None:
+        """Say that a picture is saved."""
         self._done += 1
         line = f"{self._done}/{self._count} {path}"
         if self._bar is not None:
@@ -257,5 +258,6 @@ class DrawingProgress:
             print(line, flush=True)
 
     def close(self) -> None:
+        """Leave the terminal in order."""
         if self._bar is not None:
             self._bar.close()
