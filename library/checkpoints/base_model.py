@@ -77,6 +77,28 @@ class BaseModelFiles:
             return [shipped_tokenizer(self.family)]
         return [load_tokenizer(self.tokenizer_folder)]
 
+    def notes(self, *, v_parameterization: bool | None) -> list[str]:
+        """What is taken for granted about the model, for the user to read."""
+        notes = []
+        if self.prediction_type is None and len(self.family.prediction_types) > 1 and not v_parameterization:
+            what = f"{self.path} does not say what it predicts: noise is assumed"
+            notes.append(f"{what}; give --v_parameterization if that is wrong")
+        if self.unmatched:
+            count, first = len(self.unmatched), self.unmatched[0]
+            notes.append(f"{self.path}: {count} tensors belong to no known part ({first}, ...)")
+        return notes
+
+    def check_clip_skip(self, clip_skip: int | None) -> None:
+        """Refuse to skip more layers than the text encoder has.
+
+        Raises:
+            UserError
+        """
+        layers = self.parts[TEXT_ENCODER].config["num_hidden_layers"]
+        if clip_skip is not None and clip_skip > layers:
+            where = f"--clip_skip {clip_skip}"
+            raise UserError(f"the text encoder has {layers} layers", where=where, remedy=f"give 1 to {layers}")
+
     def vae_fingerprint(self) -> str:
         """16 hex digits for the VAE's values as saved, for the keys of latent caches; remembered per file."""
         part = self.parts[VAE]
@@ -163,11 +185,11 @@ def resolve_prediction_type(said: str | None, v_parameterization: bool | None, w
 
 
 def _check_family(model: BaseModelFiles, v2: bool | None) -> None:
-    is_v2 = "v2" in model.family.architectures[EPSILON]
-    if v2 is True and not is_v2:
+    if v2 is None or v2 is model.family.is_v2:
+        return
+    if v2:
         raise UserError(f"--v2 was given, but this is {model.family.title}", where=str(model.path), remedy="leave out --v2")
-    if v2 is False and is_v2:
-        raise UserError(f"v2 is false, but this is {model.family.title}", where=str(model.path), remedy="set --v2")
+    raise UserError(f"v2 is false, but this is {model.family.title}", where=str(model.path), remedy="set --v2")
 
 
 def open_vae(path: Path | str, family: ModelFamily) -> ModelPart:

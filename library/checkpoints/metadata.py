@@ -29,6 +29,8 @@ class ModelDescription:
     usage_hint: str | None = None
     thumbnail: str | None = None
     trigger_phrase: str | None = None
+    preprocessor: str | None = None
+    is_negative_embedding: str | None = None
 
 
 def modelspec_metadata(

@@ -195,7 +195,8 @@ def _family_said(metadata: Mapping[str, str]) -> ModelFamily | None:
     for family in FAMILIES:
         if version in family.base_model_versions.values() or architecture in family.architectures.values():
             return family
-    return {"True": SD2, "False": SD1}.get(metadata.get("ss_v2", ""))
+    said = metadata.get("ss_v2")
+    return next((family for family in FAMILIES if str(family.is_v2) == said), None)
 
 
 def _adapter_width(shapes: Shapes) -> int | None:

@@ -31,6 +31,7 @@ class ModelFamily:
         latent_channels: of a latent.
         latent_factor: pixels along one side of a latent's pixel.
         context_width: of the full-size model's text condition.
+        is_v2: what sd-scripts' `--v2` and `ss_v2` say of the family.
         prediction_types: what models of the family predict; with one entry, a file need not say it.
         base_model_versions: prediction type -> `ss_base_model_version`.
         architectures: prediction type -> `modelspec.architecture` of a checkpoint.
@@ -57,6 +58,7 @@ class ModelFamily:
     latent_channels: int
     latent_factor: int
     context_width: int
+    is_v2: bool
     prediction_types: tuple[str, ...]
     base_model_versions: Mapping[str, str]
     architectures: Mapping[str, str]

@@ -42,6 +42,7 @@ SD1 = ModelFamily(
     latent_channels=4,
     latent_factor=8,
     context_width=768,
+    is_v2=False,
     # The published models all predict the noise; fine-tunes that predict v exist and say so.
     prediction_types=(EPSILON,),
     base_model_versions={EPSILON: "sd_v1", V_PREDICTION: "sd_v1_v"},

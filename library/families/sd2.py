@@ -12,6 +12,7 @@ SD2 = replace(
     name="sd2",
     title="Stable Diffusion 2.x",
     context_width=1024,
+    is_v2=True,
     prediction_types=(EPSILON, V_PREDICTION),
     base_model_versions={EPSILON: "sd_v2", V_PREDICTION: "sd_v2_v"},
     architectures={EPSILON: "stable-diffusion-v2-512", V_PREDICTION: "stable-diffusion-v2-768-v"},
