@@ -35,6 +35,7 @@ class BaseModelFiles:
         name: the path's last part, without the suffix of a file.
         prediction_type: what the model says it predicts; None where it does not say.
         resolved_prediction_type: what it is taken to predict: what it says, else what the user says, else the noise.
+        prediction_type_assumed: nobody says it, and models of the family differ in it: worth a word to the user.
         parts: the U-Net, the VAE and the text encoder by kind.
         tokenizer_folder: the model's own tokenizer, where it has one.
         beside: keys of a single file that belong to no part (averages, schedules, unused layers).
@@ -46,6 +47,7 @@ class BaseModelFiles:
     name: str
     prediction_type: str | None
     resolved_prediction_type: str
+    prediction_type_assumed: bool
     parts: Mapping[str, ModelPart]
     tokenizer_folder: Path | None = None
     beside: tuple[str, ...] = field(default=())
@@ -145,6 +147,7 @@ def _open_file(path: Path, v_parameterization: bool | None) -> BaseModelFiles:
         name=path.stem,
         prediction_type=content.prediction_type,
         resolved_prediction_type=resolve_prediction_type(content.prediction_type, v_parameterization, str(path)),
+        prediction_type_assumed=_is_assumed(content.prediction_type, v_parameterization, content.family),
         parts=content.parts,
         beside=content.beside,
         unmatched=content.unmatched,
@@ -163,6 +166,7 @@ def _open_folder(path: Path, variant: str | None, v_parameterization: bool | Non
         name=Path(os.path.abspath(path)).name,
         prediction_type=said,
         resolved_prediction_type=resolve_prediction_type(said, v_parameterization, str(path)),
+        prediction_type_assumed=_is_assumed(said, v_parameterization, family),
         parts=parts,
         tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
     )
@@ -182,6 +186,10 @@ def resolve_prediction_type(said: str | None, v_parameterization: bool | None, w
             "this model predicts the noise (epsilon), not v", where=where, remedy="leave out --v_parameterization"
         )
     raise UserError("this model predicts v, but v_parameterization is false", where=where, remedy="set --v_parameterization")
+
+
+def _is_assumed(said: str | None, v_parameterization: bool | None, family: ModelFamily) -> bool:
+    return said is None and v_parameterization is None and len(family.prediction_types) > 1
 
 
 def _check_family(model: BaseModelFiles, v2: bool | None) -> None:

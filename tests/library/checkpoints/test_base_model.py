@@ -233,6 +233,8 @@ def test_the_prediction_type_is_found_wherever_it_stands(tiny_sd1_folder, tiny_s
     assert open_base_model(tiny_sd1_folder).prediction_type == "epsilon"
     assert open_base_model(tiny_sd2_v_folder).prediction_type == "v_prediction"
     assert open_base_model(tiny_sd2_file).prediction_type is None
+    assert open_base_model(tiny_sd2_file).prediction_type_assumed
+    assert not open_base_model(tiny_sd2_file, v_parameterization=True).prediction_type_assumed
     for metadata in ({"modelspec.prediction_type": "v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}):
         assert open_base_model(edited(tiny_sd2_file, tmp_path, metadata)).prediction_type == "v_prediction"
     assert open_base_model(edited(tiny_sd2_file, tmp_path, v_pred=torch.ones(1))).prediction_type == "v_prediction"
