@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 
@@ -22,7 +22,7 @@ def compute_dtype(precision: str, device: torch.device, *, where: str) -> torch.
     """The number format for a name, if the device computes in it.
 
     Args:
-        precision: "no" or "float" (fp32), "fp16", "bf16".
+        precision: "no", "float" or "fp32"; "fp16"; "bf16".
         where: how a sentence names the option.
 
     Raises:
@@ -34,7 +34,23 @@ def compute_dtype(precision: str, device: torch.device, *, where: str) -> torch.
         raise UserError("fp16 arithmetic needs a GPU, and none is used", where=where, remedy="use bf16 or no (fp32)")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU has no bf16 arithmetic", where=where, remedy="use fp16")
-    return {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return dtype_of(precision)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The torch dtype for a name of the options."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+
+
+def use_xformers(denoiser: Any, device: torch.device) -> str | None:
+    """Switch a diffusers model to xformers' attention; a sentence where it cannot be had and torch's own stays."""
+    reason = why_no_xformers(device)
+    if reason:
+        return f"--xformers: {reason}, so torch's scaled_dot_product_attention is used"
+    denoiser.enable_xformers_memory_efficient_attention()
+    return None
 
 
 def why_no_xformers(device: torch.device) -> str | None:

@@ -14,14 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
+
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
 from library.cli.training_options import TRAINING_OPTIONS  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options
 
-Made by `python tools/make_options_page.py` from the tables that the programs themselves use. An option marked "later" is known
-and refused with a sentence, so that nothing is passed over in silence; one marked "ours" is not in sd-scripts.
+Made by `python tools/make_options_page.py` from the tables that the programs themselves use. An option marked "later" is
+known and refused with a sentence, so that nothing is passed over in silence; one marked "ours" is not in sd-scripts.
 """
 
 

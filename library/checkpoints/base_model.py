@@ -79,10 +79,10 @@ class BaseModelFiles:
             return [shipped_tokenizer(self.family)]
         return [load_tokenizer(self.tokenizer_folder)]
 
-    def notes(self, *, v_parameterization: bool | None) -> list[str]:
+    def notes(self) -> list[str]:
         """What is taken for granted about the model, for the user to read."""
         notes = []
-        if self.prediction_type is None and len(self.family.prediction_types) > 1 and not v_parameterization:
+        if self.prediction_type_assumed:
             what = f"{self.path} does not say what it predicts: noise is assumed"
             notes.append(f"{what}; give --v_parameterization if that is wrong")
         if self.unmatched:

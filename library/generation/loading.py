@@ -10,21 +10,11 @@ from typing import Any
 import torch
 
 from library.checkpoints.base_model import BaseModelFiles
+from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.options import GenerationOptions
 from library.generation.pipeline import Pipeline, PipelineModels
 from networks.registry import load_network_module
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def compute_device() -> torch.device:
-    """The accelerator that torch finds, else the processor."""
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return accelerator
-    return torch.device("cpu")
 
 
 def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pipeline:
@@ -32,8 +22,8 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pip
 
     The VAE is loaded in fp32: in fp16 it overflows for some pictures, and it runs once per picture only.
     """
-    dtype = DTYPES[options.model.precision]
-    device = compute_device()
+    device = best_device()
+    dtype = compute_dtype(options.model.precision, device, where=f"--{options.model.precision}")
     denoiser: Any = base_model.load_denoiser(dtype=dtype, device=device)
     vae: Any = base_model.load_vae(dtype=torch.float32, device=device)
     models = PipelineModels(
@@ -48,7 +38,9 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pip
     )
     networks = attach_networks(options, models)
     if options.model.xformers:
-        _use_xformers(models.denoiser, device)
+        note = use_xformers(models.denoiser, device)
+        if note:
+            print(note)
     return Pipeline(replace(models, others=networks), max_chunks=options.model.max_chunks, note=print)
 
 
@@ -85,14 +77,3 @@ def _load(network: Any, weights: Mapping[str, Any], file: Path) -> None:
             where=f"--network_weights {file}",
             remedy="give the module it was trained with as --network_module",
         )
-
-
-def _use_xformers(denoiser: Any, device: torch.device) -> None:
-    """xformers' attention; torch's own, with a line about it, where xformers is missing or has nothing for the device."""
-    from importlib.util import find_spec
-
-    if device.type == "cuda" and find_spec("xformers") is not None:
-        denoiser.enable_xformers_memory_efficient_attention()
-        return
-    reason = "works on NVIDIA cards only" if device.type != "cuda" else "is not installed"
-    print(f"--xformers: xformers {reason}; torch's own attention (--sdpa) is used")

@@ -37,7 +37,7 @@ def run_generation(options: GenerationOptions) -> int:
     defaults = _defaults(options, base_model.family.default_resolution[base_model.resolved_prediction_type])
     pictures = options.pictures
     repeats = repetition_notes(lines, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations)
-    for note in _notes_on(base_model, options.model) + rounding_notes(lines, defaults) + repeats:
+    for note in base_model.notes() + rounding_notes(lines, defaults) + repeats:
         print(note)
     seed = random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed
     requests = image_requests(
@@ -63,7 +63,7 @@ def _checked(options: GenerationOptions) -> tuple[BaseModelFiles, list[PromptLin
     _try(lambda: _check_precision(options.model), problems)
     base_model = _try(lambda: _open_base_model(options.model), problems)
     if base_model is not None:
-        _try(lambda: _check_clip_skip(options.pictures.clip_skip, base_model), problems)
+        _try(lambda: base_model.check_clip_skip(options.pictures.clip_skip), problems)
         for network in options.networks:
             if network.file.is_file():
                 _try(lambda file=network.file: _check_family(file, base_model), problems)  # type: ignore[misc]
@@ -100,16 +100,9 @@ def _check_output_folder(folder: Path) -> None:
 
 
 def _check_precision(model: ModelOptions) -> None:
-    if model.precision != "fp16":
-        return
-    from library.generation.loading import compute_device
+    from library.devices import best_device, compute_dtype
 
-    if compute_device().type == "cpu":
-        raise UserError(
-            "fp16 is for graphics cards, and there is none here",
-            where="--fp16",
-            remedy="leave it out, or give --bf16",
-        )
+    compute_dtype(model.precision, best_device(), where=f"--{model.precision}")
 
 
 def _defaults(options: GenerationOptions, resolution: int) -> ImageDefaults:
@@ -128,28 +121,6 @@ def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     from library.checkpoints.base_model import open_base_model
 
     return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
-
-
-def _check_clip_skip(clip_skip: int | None, base_model: BaseModelFiles) -> None:
-    layers = base_model.parts["text_encoder"].config["num_hidden_layers"]
-    if clip_skip is not None and clip_skip > layers:
-        raise UserError(
-            f"the text encoder has {layers} layers", where=f"--clip_skip {clip_skip}", remedy=f"give 1 to {layers}"
-        )
-
-
-def _notes_on(base_model: BaseModelFiles, model: ModelOptions) -> list[str]:
-    """What is taken for granted about the base model."""
-    notes = []
-    unclear = base_model.prediction_type is None and len(base_model.family.prediction_types) > 1
-    if unclear and not model.v_parameterization:
-        notes.append(
-            f"{base_model.path} does not say what it predicts: noise is assumed; give --v_parameterization if that is wrong"
-        )
-    if base_model.unmatched:
-        first = base_model.unmatched[0]
-        notes.append(f"{base_model.path}: {len(base_model.unmatched)} tensors belong to no known part ({first}, ...)")
-    return notes
 
 
 def _check_family(file: Path, base_model: BaseModelFiles) -> None:

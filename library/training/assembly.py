@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,16 @@ import torch
 from library.dataset.batches import Batch, BatchAddress, TrainingBatches, load_batches
 from library.dataset.caches import LatentCache, build_latent_cache, encode_posterior
 from library.dataset.report import dataset_metadata
+from library.devices import dtype_of, use_xformers
 from library.diffusion.noise import NoiseOptions, SampleDraws, draw_sample
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.training import preparation as prepare
 from library.training.lr_schedules import build_schedule
-from library.training.metadata import RunFacts, base_model_metadata, training_metadata
+from library.training.metadata import RunFacts, base_model_metadata, model_spec, training_metadata
 from library.training.module import FrozenParts, TrainableModule
 from library.training.optimizers import is_schedule_free
-from library.training.planning import DTYPES, PlannedRun, attached_network
+from library.training.planning import PlannedRun, attached_network
 from library.training.previews import draw_previews, previews_due
 from library.training.progress import CountBar, Progress
 from library.training.saving import RunFiles
@@ -52,11 +53,12 @@ def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
     options, accelerator = run.options, run.accelerator
     device = accelerator.device
     encoders = run.base.load_text_encoders(dtype=run.dtype, device=device)
-    unet = run.base.load_denoiser(dtype=run.dtype, device=device)
+    unet: Any = run.base.load_denoiser(dtype=run.dtype, device=device)
     prepare.freeze(unet, *encoders, checkpointing=options.compute.gradient_checkpointing)
     if options.compute.gradient_checkpointing:
         prepare.enable_checkpointing(unet, encoders)
-    for note in prepare.use_attention(unet, options.compute, device):
+    note = use_xformers(unet, device) if options.compute.xformers else None
+    if note:
         run.say(note)
     network = attached_network(run, encoders, unet)
     prepare.load_start_weights(network, options.network)
@@ -135,9 +137,7 @@ def latents_of(batch: Batch, *, vae: Any, chunk: int) -> tuple[Tensor, Tensor]:
 
 def _load_vae(run: PlannedRun) -> Any:
     """The VAE in fp32, in which none of these families overflows."""
-    vae = run.base.load_vae(dtype=torch.float32, device=run.accelerator.device)
-    vae.requires_grad_(False)
-    return vae.eval()
+    return run.base.load_vae(dtype=torch.float32, device=run.accelerator.device)
 
 
 def _vae_for_the_loop(run: PlannedRun, latents: LatentCache | None) -> Any:
@@ -145,7 +145,7 @@ def _vae_for_the_loop(run: PlannedRun, latents: LatentCache | None) -> Any:
     return _load_vae(run) if latents is None or run.options.previews.prompts else None
 
 
-def _trainable_module(run: PlannedRun, network: Any, encoders: list[nn.Module], unet: nn.Module) -> TrainableModule:
+def _trainable_module(run: PlannedRun, network: Any, encoders: Sequence[nn.Module], unet: nn.Module) -> TrainableModule:
     options = run.options
     schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=options.zero_terminal_snr)
     return TrainableModule(
@@ -218,17 +218,25 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
         regularisation_samples=regularisation,
     )
 
+    spec = model_spec(options, run.base.family, run.prediction_type, _largest_resolution(run))
+
     def metadata_at(step: int, epochs: int) -> dict[str, str]:
-        return training_metadata(options, facts, step=step, epochs=epochs, finished_at=time.time())
+        return training_metadata(options, facts, step=step, epochs=epochs, finished_at=time.time()) | spec
 
     precision = options.saving.precision
     return RunFiles(
         options=options.saving,
         network=network,
         metadata_at=metadata_at,
-        dtype=DTYPES[precision] if precision else None,
+        dtype=dtype_of(precision) if precision else None,
         total_epochs=run.length.epochs,
     )
+
+
+def _largest_resolution(run: PlannedRun) -> tuple[int, int]:
+    """(width, height) of the dataset trained at the largest size; the one that the file is said to be for."""
+    sizes = [settings.buckets.resolution for settings in run.dataset.settings]
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[int, int | None], None] | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
+from library.families.family import ModelFamily
 from library.training.options import TrainingOptions
 
 MINIMAL = (
@@ -88,6 +90,49 @@ def base_model_metadata(path: Path, vae: str | None) -> dict[str, str]:
             fields[f"ss_{kind}_hash"] = legacy_model_hash(file)
             fields[f"ss_new_{kind}_hash"] = sha256_of_file(file)
     return fields
+
+
+def model_spec(
+    options: TrainingOptions, family: ModelFamily, prediction_type: str, resolution: tuple[int, int]
+) -> dict[str, str]:
+    """The modelspec.* fields of a trained file."""
+    import datetime
+
+    from library.checkpoints.metadata import ModelDescription, modelspec_metadata
+
+    given = dict(options.saving.model_spec)
+    given.setdefault("title", options.saving.output_name or "LoRA")
+    if "thumbnail" in given:
+        given["thumbnail"] = thumbnail_url(given["thumbnail"])
+    bounded = options.noise.min_timestep is not None or options.noise.max_timestep is not None
+    return modelspec_metadata(
+        family,
+        prediction_type,
+        ModelDescription(**given),
+        saved_at=datetime.datetime.now(),
+        resolution=resolution,
+        adapter=True,
+        clip_skip=options.captions.clip_skip,
+        timestep_range=options.noise.timestep_range if bounded else None,
+    )
+
+
+def thumbnail_url(text: str) -> str:
+    """A data URL as it is, or one made of an image file.
+
+    Raises:
+        UserError: neither.
+    """
+    if text.startswith("data:"):
+        return text
+    import base64
+    import mimetypes
+
+    path, where = Path(text), f"--metadata_thumbnail {text}"
+    kind = mimetypes.guess_type(text)[0] or ""
+    if not path.is_file() or not kind.startswith("image/"):
+        raise UserError("is neither an image file nor a data URL", where=where)
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _about_the_run(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:

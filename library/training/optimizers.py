@@ -87,7 +87,7 @@ def optimizer_kind(name: str) -> tuple[str, OptimizerKind]:
     raise UserError("no such optimizer", where=where, remedy=near_names(name, OPTIMIZERS))
 
 
-def optimizer_class(name: str) -> type[Optimizer]:
+def optimizer_class(name: str) -> Any:
     """The class behind a name.
 
     Raises:
@@ -140,7 +140,7 @@ def build_optimizer(
     own_rate = bool(settings.get("relative_step"))  # Adafactor with relative steps has no rate of its own
     groups = [{key: value for key, value in group.items() if not (own_rate and key == "lr")} for group in groups]
     try:
-        return optimizer_class(name)(groups, lr=None if own_rate else learning_rate, **settings)  # type: ignore[arg-type]
+        return optimizer_class(name)(groups, lr=None if own_rate else learning_rate, **settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} refuses its settings: {error}", where="--optimizer_args") from error
 

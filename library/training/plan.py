@@ -64,6 +64,7 @@ class PlanFacts:
     """What the plan tells beside the options; the parts about data and network come from their rooms as text."""
 
     base_model: str
+    base_notes: Sequence[str]
     prediction: str
     seed: int
     length: RunLength
@@ -79,7 +80,7 @@ class PlanFacts:
 def plan_text(options: TrainingOptions, facts: PlanFacts) -> str:
     """The plan as a person reads it."""
     blocks: list[tuple[str, Sequence[str]]] = [
-        ("base model", [facts.base_model, f"predicts {facts.prediction}"]),
+        ("base model", [facts.base_model, f"predicts {facts.prediction}", *facts.base_notes]),
         ("data", facts.dataset_lines),
         ("length", _length_lines(facts)),
         ("network", facts.network_lines),

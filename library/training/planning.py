@@ -13,6 +13,7 @@ import torch
 
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.dataset.dataset import Dataset, scan_dataset
+from library.devices import dtype_of
 from library.quiet import quiet_libraries
 from library.training import preparation as prepare
 from library.training.options import TrainingOptions
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from library.generation.requests import ImageRequest
 
 DENOISER_FACTOR = 8  # a U-Net of four levels halves a latent's sides three times
-
-DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class PlannedRun:
     @property
     def dtype(self) -> torch.dtype:
         """Of the base model's weights and arithmetic."""
-        return DTYPES[self.options.compute.mixed_precision]
+        return dtype_of(self.options.compute.mixed_precision)
 
     def without(self, bad_images: Mapping[Path, str]) -> PlannedRun:
         """The run without images that cannot be read; its length follows."""
@@ -79,6 +78,7 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     )
     family, prediction_type = base.family, base.resolved_prediction_type
     options.loss.check_prediction_type(prediction_type)  # type: ignore[arg-type]
+    base.check_clip_skip(options.captions.clip_skip)
     prepare.check_rates(options, len(family.text_encoder_prefixes))
     factor = family.latent_factor
     dataset = scan_dataset(options.dataset, latent_factor=factor, size_multiple=factor * DENOISER_FACTOR)
@@ -92,20 +92,20 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
         length=run_length(options.length, dataset.batches_per_epoch(accelerator.num_processes)),
         seed=seed,
         started_at=time.time(),
-        preview_requests=_preview_requests(options, seed),
+        preview_requests=_preview_requests(options, family.default_resolution[prediction_type], seed),
     )
 
 
-def _preview_requests(options: TrainingOptions, seed: int) -> list[ImageRequest]:
-    """The pictures of --sample_prompts; sizes, steps and scale as sd-scripts has them by default."""
+def _preview_requests(options: TrainingOptions, resolution: int, seed: int) -> list[ImageRequest]:
+    """The pictures of --sample_prompts; steps and scale as sd-scripts has them by default, the size the family's."""
     if options.previews.prompts is None:
         return []
     from library.generation.planning import ImageDefaults, preview_requests
     from library.generation.prompt_options import read_preview_prompts
 
     defaults = ImageDefaults(
-        width=512,
-        height=512,
+        width=resolution,
+        height=resolution,
         steps=30,
         scale=7.5,
         sampler=options.previews.sampler,
@@ -126,7 +126,8 @@ def _common_seed(options: TrainingOptions, accelerator: Accelerator) -> int:
 
 def skeleton_network(run: PlannedRun) -> Any:
     """The network on a base without weights: arguments are checked and sizes known before anything is loaded."""
-    encoders, unet = run.base.empty_text_encoders(), run.base.empty_denoiser()
+    encoders = run.base.empty_text_encoders()
+    unet: Any = run.base.empty_denoiser()
     network = attached_network(run, encoders, unet)
     prepare.optimizer_groups(network, run.options)
     return network
@@ -147,6 +148,7 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
 
     return PlanFacts(
         base_model=f"{run.base.name} ({run.base.family.title}), {run.base.path}",
+        base_notes=run.base.notes(),
         prediction={"epsilon": "the noise", "v_prediction": "the velocity"}[run.prediction_type],
         seed=run.seed,
         length=run.length,

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.devices import compute_dtype, why_no_xformers
+from library.devices import best_device, compute_dtype
 from library.errors import UserError, raise_all
 from library.training.optimizers import build_optimizer, optimizer_class, optimizer_settings
 from library.training.options import ComputeOptions, NetworkOptions, OptimizerOptions, TrainingOptions
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from torch import nn
 
@@ -52,11 +51,11 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    from library.devices import best_device
-
-    compute_dtype(compute.mixed_precision, best_device(), where=f"--mixed_precision {compute.mixed_precision}")
+    device = best_device()
+    compute_dtype(compute.mixed_precision, device, where=f"--mixed_precision {compute.mixed_precision}")
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused, broadcast_buffers=False)]
-    return Accelerator(mixed_precision=compute.mixed_precision, kwargs_handlers=handlers)
+    # Without cpu=True accelerate starts processes on a CPU that do not know of each other, each training by itself.
+    return Accelerator(mixed_precision=compute.mixed_precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
 
 
 def adapters_may_rest(options: TrainingOptions) -> bool:
@@ -105,7 +104,8 @@ def create_network(options: NetworkOptions, text_encoders: Sequence[nn.Module], 
     encoder = text_encoders[0] if len(text_encoders) == 1 else list(text_encoders)
     torch.manual_seed(stream_seed(seed, "adapter"))
     if options.dim_from_weights and options.weights:
-        network, _ = module.create_network_from_weights(1, str(options.weights), None, encoder, unet)
+        settings = dict(options.args) | ({} if options.dropout is None else {"dropout": options.dropout})
+        network, _ = module.create_network_from_weights(1, str(options.weights), None, encoder, unet, **settings)
         return network
     return module.create_network(
         1.0, options.dim, options.alpha, None, encoder, unet, neuron_dropout=options.dropout, **options.args
@@ -166,19 +166,28 @@ def network_lines(network: Any, options: NetworkOptions) -> list[str]:
     rows = network.describe()
     for part, title in (("text_encoder", "text encoder"), ("denoiser", "U-Net")):
         own = [row for row in rows if row.part == part]
-        uniform = len({(row.ranks, row.alphas, row.learning_rate) for row in own}) == 1
-        if own and uniform:
+        ranks = tuple(sorted({rank for row in own for rank in row.ranks}))
+        alphas = tuple(sorted({alpha for row in own for alpha in row.alphas}))
+        alike = len({row.learning_rate for row in own}) == 1 and len(ranks) <= 2 and len(alphas) <= 2
+        if own and alike:
             modules, parameters = sum(row.modules for row in own), sum(row.parameters for row in own)
-            lines.append(_row_text(title, modules, parameters, own[0]))
+            lines.append(_row_text(title, modules, parameters, ranks, alphas, own[0].learning_rate))
         else:
-            lines += [_row_text(f"{title} block {row.block}", row.modules, row.parameters, row) for row in own]
+            lines += [
+                _row_text(
+                    f"{title} block {row.block}", row.modules, row.parameters, row.ranks, row.alphas, row.learning_rate
+                )
+                for row in own
+            ]
     return lines
 
 
-def _row_text(title: str, modules: int, parameters: int, row: Any) -> str:
-    ranks, alphas = ("/".join(f"{value:g}" for value in values) for values in (row.ranks, row.alphas))
-    rate = "" if row.learning_rate is None else f", rate {row.learning_rate:g}" if row.learning_rate else ", frozen"
-    return f"{title}: {modules} modules, rank {ranks}, alpha {alphas}, {parameters:,} parameters{rate}"
+def _row_text(
+    title: str, modules: int, parameters: int, ranks: Sequence[float], alphas: Sequence[float], rate: float | None
+) -> str:
+    rank, alpha = ("/".join(f"{value:g}" for value in values) for values in (ranks, alphas))
+    rate_text = "" if rate is None else f", rate {rate:g}" if rate else ", frozen"
+    return f"{title}: {modules} modules, rank {rank}, alpha {alpha}, {parameters:,} parameters{rate_text}"
 
 
 def data_workers(wanted: int) -> int:
@@ -186,17 +195,6 @@ def data_workers(wanted: int) -> int:
     import os
 
     return min(wanted, max(0, (os.cpu_count() or 1) - 1))
-
-
-def use_attention(denoiser: Any, compute: ComputeOptions, device: torch.device) -> list[str]:
-    """Switch the denoiser to the attention that was asked for; a sentence where it cannot be had."""
-    if not compute.xformers:
-        return []
-    reason = why_no_xformers(device)
-    if reason:
-        return [f"--xformers: {reason}, so torch's scaled_dot_product_attention is used"]
-    denoiser.enable_xformers_memory_efficient_attention()
-    return []
 
 
 def freeze(*modules: nn.Module, checkpointing: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.training.options import PreviewOptions
 
@@ -29,12 +29,11 @@ def previews_due(options: PreviewOptions, *, step: int, epoch_ended: int | None)
     return bool(options.every_n_steps) and step % (options.every_n_steps or 1) == 0
 
 
-def preview_name(output_name: str | None, *, step: int, epoch_ended: int | None, index: int, seed: int | None) -> str:
+def preview_name(output_name: str | None, *, step: int, epoch_ended: int | None, index: int, seed: int) -> str:
     """File name as sd-scripts gives it: place in the run, number of the prompt, time, seed."""
     place = f"e{epoch_ended:06d}" if epoch_ended is not None else f"{step:06d}"
     start = f"{output_name}_" if output_name else ""
-    end = "" if seed is None else f"_{seed}"
-    return f"{start}{place}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{end}.png"
+    return f"{start}{place}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
 
 
 def draw_previews(
@@ -51,14 +50,12 @@ def draw_previews(
     Returns:
         The files written.
     """
+    from library.generation.png_info import write_png
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for index, picture in enumerate(_pictures(pipeline, requests)):
-        name = preview_name(output_name, step=step, epoch_ended=epoch_ended, index=index, seed=requests[index].seed)
-        picture.save(folder / name)
-        paths.append(folder / name)
+    for index, (request, picture) in enumerate(zip(requests, pipeline.generate(requests), strict=True)):
+        path = folder / preview_name(output_name, step=step, epoch_ended=epoch_ended, index=index, seed=request.seed)
+        write_png(path, picture, request, {"step": step})
+        paths.append(path)
     return paths
-
-
-def _pictures(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list[Any]:
-    return [pipeline.generate([request])[0] for request in requests]

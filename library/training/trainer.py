@@ -114,6 +114,8 @@ def train_step(parts: LoopParts, step: int) -> tuple[Tensor, Tensor]:
         asked = time.perf_counter()
         batch = next(parts.batches).to(accelerator.device)
         parts.progress.waited_for_data(time.perf_counter() - asked)
+        for sentence in batch.skipped:
+            parts.progress.say(f"step {step + 1}: {sentence}; it does not count")
         mean, std = parts.latents_of(batch)
         last = place == places[-1]
         with contextlib.nullcontext() if last else accelerator.no_sync(parts.module):
