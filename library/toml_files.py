@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,6 @@ def read_toml(path: Path, *, where: str) -> dict[str, Any]:
 
 def parse_toml(text: str, *, where: str) -> dict[str, Any]:
     """The content of a TOML text; see `read_toml`."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import toml
-
-        try:
-            return toml.loads(text)
-        except (toml.TomlDecodeError, IndexError) as error:
-            raise UserError(f"is not valid TOML: {error}", where=where) from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

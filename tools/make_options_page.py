@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
-
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
 from library.cli.training_options import TRAINING_OPTIONS  # noqa: E402
 

@@ -40,18 +40,9 @@ def sha256_of_file(path: Path | str) -> str:
 
     def compute() -> str:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     return remembered("sha256", [path], compute)
-
-
-def _sha256(path: Path) -> str:
-    """For Python 3.10, which lacks hashlib.file_digest."""
-    hasher = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def sshs_hashes(path: Path | str) -> dict[str, str]:
