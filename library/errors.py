@@ -5,7 +5,10 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -22,13 +25,23 @@ class UserError(Exception):
         sentence = f"{where}: {what}" if where else what
         super().__init__(f"{sentence}; {remedy}" if remedy else sentence)
 
+    @property
+    def problems(self) -> tuple[UserError, ...]:
+        """The mistakes one by one: this one."""
+        return (self,)
+
 
 class UserErrors(UserError):
     """Several mistakes found in one pass, one sentence each, on lines of their own."""
 
     def __init__(self, problems: Iterable[UserError]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        self._problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self._problems))
+
+    @property
+    def problems(self) -> tuple[UserError, ...]:
+        """The mistakes one by one."""
+        return self._problems
 
 
 def raise_all(problems: list[UserError]) -> None:
@@ -37,6 +50,15 @@ def raise_all(problems: list[UserError]) -> None:
         raise problems[0]
     if problems:
         raise UserErrors(problems)
+
+
+def attempt(work: Callable[[], T], problems: list[UserError]) -> T | None:
+    """What the work gives; where it raises a `UserError`, None, and its mistakes are added to `problems`."""
+    try:
+        return work()
+    except UserError as error:
+        problems += error.problems
+        return None
 
 
 def near_names(name: str, known: Iterable[str]) -> str:

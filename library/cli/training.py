@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from library.cli.no_effect import options_without_effect
 from library.cli.options import ParsedOptions, parse
 from library.cli.training_options import TRAINING_OPTIONS
-from library.errors import UserError, UserErrors, raise_all
+from library.errors import UserError, attempt, raise_all
 from library.training.options import (
     BaseModelOptions,
     CaptionEncodingOptions,
@@ -63,12 +64,7 @@ def training_options(parsed: ParsedOptions) -> TrainingOptions:
     problems = _missing(parsed) + _out_of_range(parsed) + _contradictions(parsed)
     parts: dict[str, Any] = {}
     for name, build in _BUILDERS.items():
-        try:
-            parts[name] = build(parsed)
-        except UserErrors as errors:
-            problems += errors.problems
-        except UserError as error:
-            problems.append(error)
+        parts[name] = attempt(partial(build, parsed), problems)
     raise_all(problems)
     return TrainingOptions(
         **parts,

@@ -14,7 +14,7 @@ from library.dataset.images import BadImageError, Header, image_extensions, read
 from library.dataset.metadata_files import ImageFinder, MetadataEntry, read_metadata
 from library.dataset.options import DEFAULT_CAPTION_EXTENSION, SubsetSettings
 from library.dataset.sources import Findings
-from library.errors import UserError
+from library.errors import UserError, attempt
 
 READERS = 16  # threads; reading headers waits for the disk most of the time
 SHOWN_NAMES = 20
@@ -114,15 +114,14 @@ def _scan_folder(subset: SubsetSettings, pool: Executor, findings: Findings) -> 
 
 def _scan_metadata(subset: SubsetSettings, pool: Executor, findings: Findings) -> SubsetScan:
     """A fine-tuning subset: the images that its metadata file names."""
-    assert subset.metadata_file is not None
-    try:
-        entries = read_metadata(subset.metadata_file)
-    except UserError as error:
-        findings.problems.extend(getattr(error, "problems", (error,)))
+    metadata_file = subset.metadata_file
+    assert metadata_file is not None
+    entries = attempt(lambda: read_metadata(metadata_file), findings.problems)
+    if entries is None:
         return SubsetScan(())
     if not entries:
-        findings.problem(f"metadata_file {subset.metadata_file} names no images", where=subset.where)
-    finder = ImageFinder(subset.image_dir or subset.metadata_file.parent, image_extensions())
+        findings.problem(f"metadata_file {metadata_file} names no images", where=subset.where)
+    finder = ImageFinder(subset.image_dir or metadata_file.parent, image_extensions())
     candidates: dict[Path, _Candidate] = {}
     missing = []
     for entry in entries:
@@ -132,7 +131,7 @@ def _scan_metadata(subset: SubsetSettings, pool: Executor, findings: Findings) -
             missing.append(BadImage(Path(entry.key), str(error)))
             continue
         if path in candidates:
-            findings.problem(f"{path} is named twice", where=f"{subset.metadata_file}: entry {entry.key!r}")
+            findings.problem(f"{path} is named twice", where=f"{metadata_file}: entry {entry.key!r}")
         candidates[path] = _Candidate(path, None, entry)
     uncaptioned = [entry.key for entry in entries if not (entry.caption.strip() or entry.tags.strip())]
     if uncaptioned:

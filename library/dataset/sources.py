@@ -14,7 +14,7 @@ from library.dataset import schema
 from library.dataset.buckets import BucketSettings, bucket_problems
 from library.dataset.captions import CaptionSettings
 from library.dataset.options import DatasetOptions, DatasetSettings, SubsetSettings
-from library.errors import UserError, raise_all
+from library.errors import UserError, attempt, raise_all
 
 _CAPTION_KEYS = tuple(spec.name for spec in fields(CaptionSettings))
 _BUCKET_KEYS = {
@@ -91,12 +91,10 @@ def _from_file(options: DatasetOptions, fallbacks: dict[str, Any], findings: Fin
     ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options, name) is not None]
     for name in ignored:
         findings.notice(f"--{name}", "not used, because --dataset_config names the data")
-    try:
-        file = schema.read_dataset_file(path)
-    except UserError as error:
-        findings.problems.extend(getattr(error, "problems", (error,)))
+    file = attempt(lambda: schema.read_dataset_file(path), findings.problems)
+    if file is None:
         raise_all(findings.problems)
-        raise
+        return []
     datasets = []
     for number, table in enumerate(file.datasets, start=1):
         where = schema.place(path, number)

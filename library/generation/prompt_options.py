@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, near_names, raise_all
+from library.errors import UserError, attempt, near_names, raise_all
 from library.generation.requests import MAX_SEED, MAX_STEPS, MIN_SIZE
 from library.generation.samplers import find_sampler
 from library.toml_files import read_toml
@@ -190,14 +191,9 @@ def read_prompt_file(path: Path, *, where: str, options: Mapping[str, PromptOpti
     Raises:
         UserError: the file cannot be read or holds no prompt, or lines are wrong; all of them at once.
     """
-    lines: list[PromptLine] = []
-    problems: list[UserError] = []
-    for number, line in enumerate(_read_text(path, where).splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
-            place = f"{where}, line {number}"
-            _collect(lines, lambda line=line, place=place: _parse(line, place, options), problems)  # type: ignore[misc]
-    raise_all(problems)
-    return _not_empty(lines, where)
+    numbered = enumerate(_read_text(path, where).splitlines(), 1)
+    places = [(f"{where}, line {number}", line) for number, line in numbered if line.strip() and not line.startswith("#")]
+    return _all_lines(places, lambda line, place: _parse(line, place, options), where)
 
 
 def _parse(line: str, where: str, options: Mapping[str, PromptOption]) -> PromptLine:
@@ -217,13 +213,7 @@ def read_preview_prompts(path: Path, *, where: str | None = None) -> list[Prompt
     if suffix not in (".json", ".toml"):
         raise UserError("is no kind of prompt file", where=where, remedy="give a .txt, .toml or .json file")
     entries = _json_entries(path, where) if suffix == ".json" else _toml_entries(path, where)
-    lines: list[PromptLine] = []
-    problems: list[UserError] = []
-    for number, entry in enumerate(entries, 1):
-        place = f"{where}, prompt {number}"
-        _collect(lines, lambda entry=entry, place=place: _entry_line(entry, place), problems)  # type: ignore[misc]
-    raise_all(problems)
-    return _not_empty(lines, where)
+    return _all_lines([(f"{where}, prompt {number}", entry) for number, entry in enumerate(entries, 1)], _entry_line, where)
 
 
 ENTRY_KEYS: dict[str, PromptOption] = {
@@ -285,14 +275,11 @@ def _read_text(path: Path, where: str) -> str:
         raise UserError(f"cannot be read as text ({error})", where=where) from None
 
 
-def _collect(lines: list[PromptLine], parse: Callable[[], PromptLine], problems: list[UserError]) -> None:
-    try:
-        lines.append(parse())
-    except UserError as error:
-        problems.append(error)
-
-
-def _not_empty(lines: list[PromptLine], where: str) -> list[PromptLine]:
+def _all_lines(entries: Sequence[tuple[str, Any]], parse: Callable[[Any, str], PromptLine], where: str) -> list[PromptLine]:
+    """Every (place, entry) of a file, parsed; the mistakes of all of them at once, and a file without any is one."""
+    problems: list[UserError] = []
+    lines = [attempt(partial(parse, entry, place), problems) for place, entry in entries]
+    raise_all(problems)
     if not lines:
         raise UserError("holds no prompt", where=where)
-    return lines
+    return [line for line in lines if line is not None]

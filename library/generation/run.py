@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError, UserErrors, raise_all
+from library.errors import UserError, attempt, raise_all
 from library.generation.options import GenerationOptions, ModelOptions
 from library.generation.planning import SEEDS, ImageDefaults, image_requests, repetition_notes, rounding_notes
 from library.generation.png_info import write_png
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from library.checkpoints.base_model import BaseModelFiles
     from library.generation.pipeline import Pipeline
     from library.generation.requests import ImageRequest
-
-T = TypeVar("T")
 
 
 def run_generation(options: GenerationOptions) -> int:
@@ -55,32 +53,22 @@ def run_generation(options: GenerationOptions) -> int:
 def _checked(options: GenerationOptions) -> tuple[BaseModelFiles, list[PromptLine]]:
     """The base model's headers and the prompts, or every problem of the run."""
     problems: list[UserError] = []
-    lines = _try(lambda: _prompt_lines(options), problems)
-    _try(lambda: _check_output_folder(options.output_folder), problems)
+    lines = attempt(lambda: _prompt_lines(options), problems)
+    attempt(lambda: _check_output_folder(options.output_folder), problems)
     for network in options.networks:
         if not network.file.is_file():
             problems.append(UserError("no such file", where=f"--network_weights {network.file}"))
-    _try(lambda: _check_precision(options.model), problems)
-    base_model = _try(lambda: _open_base_model(options.model), problems)
+    attempt(lambda: _check_precision(options.model), problems)
+    base_model = attempt(lambda: _open_base_model(options.model), problems)
     if base_model is not None:
-        _try(lambda: base_model.check_clip_skip(options.pictures.clip_skip), problems)
+        attempt(lambda: base_model.check_clip_skip(options.pictures.clip_skip), problems)
         for network in options.networks:
             if network.file.is_file():
-                _try(lambda file=network.file: _check_family(file, base_model), problems)  # type: ignore[misc]
+                attempt(lambda file=network.file: _check_family(file, base_model), problems)  # type: ignore[misc]
     raise_all(problems)
     assert base_model is not None  # for the type checker: without one there was a problem
     assert lines is not None
     return base_model, lines
-
-
-def _try(check: Callable[[], T], problems: list[UserError]) -> T | None:
-    try:
-        return check()
-    except UserErrors as errors:
-        problems += errors.problems
-    except UserError as error:
-        problems.append(error)
-    return None
 
 
 def _prompt_lines(options: GenerationOptions) -> list[PromptLine]:

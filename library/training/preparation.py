@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.devices import best_device, compute_dtype
-from library.errors import UserError, raise_all
+from library.errors import UserError, attempt, raise_all
 from library.training.optimizers import build_optimizer, optimizer_class, optimizer_settings
 from library.training.options import ComputeOptions, NetworkOptions, OptimizerOptions, TrainingOptions
 
@@ -27,16 +27,13 @@ def check_names(options: TrainingOptions) -> None:
     """
     from networks.registry import load_network_module
 
-    problems = []
+    problems: list[UserError] = []
     for check in (
         lambda: load_network_module(options.network.module),
         lambda: optimizer_class(options.optimizer.type),
         lambda: optimizer_settings(options.optimizer.type, options.optimizer.args),
     ):
-        try:
-            check()
-        except UserError as error:
-            problems.append(error)
+        attempt(check, problems)
     raise_all(list({str(problem): problem for problem in problems}.values()))
 
 
