@@ -17,7 +17,7 @@ from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tokenizers import load_tokenizer, shipped_tokenizer
 from library.errors import UserError
 from library.families.detect import family_of_folder
-from library.families.family import EPSILON, V_PREDICTION, ModelFamily
+from library.families.family import EPSILON, V_PREDICTION, ModelFamily, PredictionType
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ class BaseModelFiles:
     family: ModelFamily
     path: Path
     name: str
-    prediction_type: str | None
-    resolved_prediction_type: str
+    prediction_type: PredictionType | None
+    resolved_prediction_type: PredictionType
     prediction_type_assumed: bool
     parts: Mapping[str, ModelPart]
     tokenizer_folder: Path | None = None
@@ -172,13 +172,14 @@ def _open_folder(path: Path, variant: str | None, v_parameterization: bool | Non
     )
 
 
-def resolve_prediction_type(said: str | None, v_parameterization: bool | None, where: str) -> str:
+def resolve_prediction_type(said: PredictionType | None, v_parameterization: bool | None, where: str) -> PredictionType:
     """What a model predicts, from what it says itself and what the user says (None: nothing).
 
     Raises:
         UserError: where the two contradict each other: such a training would learn nonsense.
     """
-    wished = {True: V_PREDICTION, False: EPSILON, None: None}[v_parameterization]
+    wishes: dict[bool | None, PredictionType | None] = {True: V_PREDICTION, False: EPSILON, None: None}
+    wished = wishes[v_parameterization]
     if said is None or wished is None or said == wished:
         return said or wished or EPSILON
     if said == EPSILON:
@@ -188,7 +189,7 @@ def resolve_prediction_type(said: str | None, v_parameterization: bool | None, w
     raise UserError("this model predicts v, but v_parameterization is false", where=where, remedy="set --v_parameterization")
 
 
-def _is_assumed(said: str | None, v_parameterization: bool | None, family: ModelFamily) -> bool:
+def _is_assumed(said: PredictionType | None, v_parameterization: bool | None, family: ModelFamily) -> bool:
     return said is None and v_parameterization is None and len(family.prediction_types) > 1
 
 

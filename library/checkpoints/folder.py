@@ -12,7 +12,7 @@ from library.checkpoints.ldm_keys import modern_vae_name
 from library.checkpoints.parts import PART_TITLES, PARTS, TEXT_ENCODER, VAE, ModelPart, TensorSource
 from library.checkpoints.tensor_files import TensorFile, open_tensor_file
 from library.errors import UserError
-from library.families.family import EPSILON, V_PREDICTION
+from library.families.family import EPSILON, PREDICTION_TYPES, PredictionType
 
 _WEIGHTS_STEMS = {TEXT_ENCODER: ("model", "pytorch_model")}
 _DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
@@ -109,7 +109,7 @@ def scheduler_config(path: Path) -> Mapping[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def prediction_type_of_folder(path: Path) -> str | None:
+def prediction_type_of_folder(path: Path) -> PredictionType | None:
     """What a model folder says it predicts; None where it has no scheduler.
 
     Raises:
@@ -119,6 +119,7 @@ def prediction_type_of_folder(path: Path) -> str | None:
     if config is None:
         return None
     said = config.get("prediction_type", EPSILON)  # diffusers before 0.8 knew only this one and did not write it
-    if said not in (EPSILON, V_PREDICTION):
-        raise UserError(f"predicts {said!r}, which is not supported", where=str(path / "scheduler"))
-    return said
+    for known in PREDICTION_TYPES:
+        if said == known:
+            return known
+    raise UserError(f"predicts {said!r}, which is not supported", where=str(path / "scheduler"))

@@ -22,7 +22,7 @@ from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart, Tensor
 from library.checkpoints.tensor_files import TensorFile
 from library.errors import UserError
 from library.families.detect import family_of_checkpoint
-from library.families.family import EPSILON, V_PREDICTION, ModelFamily
+from library.families.family import EPSILON, V_PREDICTION, ModelFamily, PredictionType
 
 # Tensors that belong to no part by right: averages and schedules of training, counters, and CLIP's other half.
 _IGNORED = re.compile(
@@ -48,7 +48,7 @@ class CheckpointContent:
     parts: Mapping[str, ModelPart]
     beside: tuple[str, ...]
     unmatched: tuple[str, ...]
-    prediction_type: str | None
+    prediction_type: PredictionType | None
 
 
 def read_checkpoint(file: TensorFile) -> CheckpointContent:
@@ -73,7 +73,7 @@ def read_checkpoint(file: TensorFile) -> CheckpointContent:
     dropped = _dropped_text_layers(family, text_prefix, parts[TEXT_ENCODER])
     beside = tuple(key for key in rest if _IGNORED.search(key) or key.startswith(dropped))
     unmatched = tuple(key for key in rest if key not in set(beside))
-    return CheckpointContent(family, parts, beside, unmatched, _prediction_type_said(file))
+    return CheckpointContent(family, parts, beside, unmatched, _prediction_type_said(file, family))
 
 
 def _dropped_text_layers(family: ModelFamily, prefix: str, part: ModelPart) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def _sources(file: TensorFile, prefix: str, table: KeyTable) -> Iterator[tuple[s
                 yield name, TensorSource(file, key, third)
 
 
-_SAID = {
+_SAID: Mapping[str, PredictionType] = {
     "epsilon": EPSILON,
     "eps": EPSILON,
     "v": V_PREDICTION,
@@ -125,12 +125,14 @@ _SAID = {
 }
 
 
-def _prediction_type_said(file: TensorFile) -> str | None:
+def _prediction_type_said(file: TensorFile, family: ModelFamily) -> PredictionType | None:
     """From the key that v-predicting fine-tunes carry, from ModelSpec's field, or from its architecture's name."""
     if "v_pred" in file:
         return V_PREDICTION
     said = _SAID.get(file.metadata.get("modelspec.prediction_type", "").lower())
-    if said is None and file.metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v":
+    names = family.architectures
+    tells = names[V_PREDICTION] != names[EPSILON]
+    if said is None and tells and file.metadata.get("modelspec.architecture") == names[V_PREDICTION]:
         return V_PREDICTION
     return said
 

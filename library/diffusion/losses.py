@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from library.diffusion import weighting
 from library.diffusion.schedule import NoiseSchedule
-from library.diffusion.weighting import PREDICTION_TYPES, PredictionType
 from library.errors import UserError, near_names, raise_all
+from library.families.family import EPSILON, PREDICTION_TYPES, V_PREDICTION, PredictionType
 
 LossType = Literal["l2", "l1", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
@@ -78,7 +78,7 @@ class LossOptions:
     def check_prediction_type(self, prediction_type: PredictionType) -> None:
         """Refuse what has no meaning for what the base model predicts; known only once the base model is."""
         problems = []
-        if self.scale_v_pred_loss_like_noise_pred and prediction_type != "v_prediction":
+        if self.scale_v_pred_loss_like_noise_pred and prediction_type != V_PREDICTION:
             problems.append(
                 UserError(
                     "the base model predicts noise, not velocity",
@@ -86,7 +86,7 @@ class LossOptions:
                     remedy="leave it out, or give --v_parameterization if the model was trained so",
                 )
             )
-        if self.v_pred_like_loss and prediction_type == "v_prediction":
+        if self.v_pred_like_loss and prediction_type == V_PREDICTION:
             problems.append(
                 UserError(
                     "the base model predicts velocity already",
@@ -103,7 +103,7 @@ def target_of(
     """What the model is to predict: the noise, or v; shapes as in `NoiseSchedule.add_noise`."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction type {prediction_type!r}; known are {PREDICTION_TYPES}")
-    return noise if prediction_type == "epsilon" else schedule.velocity(latents, noise, timesteps)
+    return noise if prediction_type == EPSILON else schedule.velocity(latents, noise, timesteps)
 
 
 def sample_losses(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012
+from library.families.family import NOISE_SCHEDULE
+
+TRAIN_STEPS: int = NOISE_SCHEDULE["num_train_timesteps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class NoiseSchedule:
     def scaled_linear(
         cls,
         *,
-        beta_start: float = BETA_START,
-        beta_end: float = BETA_END,
+        beta_start: float = NOISE_SCHEDULE["beta_start"],
+        beta_end: float = NOISE_SCHEDULE["beta_end"],
         steps: int = TRAIN_STEPS,
         zero_terminal_snr: bool = False,
         device: torch.device | str = "cpu",

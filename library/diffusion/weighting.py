@@ -5,13 +5,10 @@ All of them are factors, so their order does not matter. They take the SNR as a 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
+from library.families.family import V_PREDICTION, PredictionType
 
 # Above this SNR (the first three timesteps) the weights of sd-scripts stand still.
 MAX_SNR = 1000.0
@@ -24,7 +21,7 @@ def min_snr(snr: Tensor, gamma: float, prediction_type: PredictionType) -> Tenso
 
     Args and returns: (B,). Noise prediction at SNR 0 has the limit, 1.
     """
-    if prediction_type == "v_prediction":
+    if prediction_type == V_PREDICTION:
         return snr.clamp(max=gamma) / (snr + 1)
     return gamma / snr.clamp(min=gamma)
 
@@ -51,6 +48,6 @@ def debiased(snr: Tensor, prediction_type: PredictionType) -> Tensor:
     weight has no bound and the error no meaning, has weight 0.
     """
     snr = snr.clamp(max=MAX_SNR)
-    if prediction_type == "v_prediction":
+    if prediction_type == V_PREDICTION:
         return 1 / (snr + 1)
     return torch.where(snr > 0, snr.clamp(min=torch.finfo(snr.dtype).tiny).rsqrt(), 0.0)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
-EPSILON = "epsilon"
-V_PREDICTION = "v_prediction"
+PredictionType = Literal["epsilon", "v_prediction"]
+EPSILON: Final = "epsilon"
+V_PREDICTION: Final = "v_prediction"
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import UserError, near_names
+from library.families.family import NOISE_SCHEDULE
 
-BETA_START, BETA_END, TRAIN_STEPS = 0.00085, 0.012, 1000
+BETAS = {name: NOISE_SCHEDULE[name] for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
 # In place of 0 for the last step of zero terminal SNR: sigma is finite (4096) for samplers that count in sigmas.
 LEAST_ALPHA_CUMPROD = 2.0**-24
 
@@ -97,12 +98,7 @@ def make_scheduler(
     import diffusers
 
     sampler = find_sampler(name)
-    betas: dict[str, Any] = {
-        "num_train_timesteps": TRAIN_STEPS,
-        "beta_start": BETA_START,
-        "beta_end": BETA_END,
-        "beta_schedule": "scaled_linear",
-    }
+    betas: dict[str, Any] = dict(BETAS)
     if zero_terminal_snr:
         betas["trained_betas"] = _zero_terminal_betas()
         if name in ("ddim", "pndm"):  # the others begin at the last timestep as they are

@@ -207,6 +207,7 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
         started_at=run.started_at,
         seed=run.seed,
         base_model_version=run.base.family.base_model_versions[run.prediction_type],
+        is_v2=run.base.family.is_v2,
         base_model=base_model_metadata(run.base.path, run.options.base.vae),
         dataset=dataset_metadata(run.dataset),
         optimizer=optimizer,

@@ -40,6 +40,7 @@ class RunFacts:
     started_at: float
     seed: int
     base_model_version: str
+    is_v2: bool
     base_model: Mapping[str, str]
     dataset: Mapping[str, str]
     optimizer: str
@@ -155,7 +156,7 @@ def _about_the_run(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "ss_fp8_base_unet": False,
         "ss_lowram": False,
         "ss_cache_latents": options.dataset.caches_latents,
-        "ss_v2": facts.base_model_version.startswith("sd_v2"),
+        "ss_v2": facts.is_v2,
         "ss_base_model_version": facts.base_model_version,
         "ss_training_comment": options.saving.comment,
         "ss_sd_scripts_commit_hash": None,

@@ -18,6 +18,7 @@ from library.dataset.batches import Batch
 from library.diffusion.losses import LossOptions, sample_losses, target_of
 from library.diffusion.noise import NoiseOptions, noise_of, posterior_sample
 from library.diffusion.schedule import NoiseSchedule
+from library.families.family import PredictionType
 from library.training.options import CaptionEncodingOptions
 
 REMEMBERED_CONDITIONS = 2048  # captions; 77 x 768 in fp32 is 0.23 MiB each
@@ -31,7 +32,7 @@ class FrozenParts:
     text_encoders: Sequence[nn.Module]
     tokenizers: Sequence[Any]
     schedule: NoiseSchedule
-    prediction_type: str
+    prediction_type: PredictionType
     latent_scale: float
     dtype: torch.dtype
 
@@ -82,7 +83,7 @@ class TrainableModule(nn.Module):
         noisy = parts.schedule.add_noise(latents, input_noise, draws.timestep)
         condition = self.encode(batch.captions)
         prediction = parts.denoiser(noisy.to(parts.dtype), draws.timestep, condition.to(parts.dtype), return_dict=False)[0]
-        target = target_of(parts.prediction_type, parts.schedule, latents, target_noise, draws.timestep)  # type: ignore[arg-type]
+        target = target_of(parts.prediction_type, parts.schedule, latents, target_noise, draws.timestep)
         losses = sample_losses(
             self._loss,
             parts.schedule,
@@ -90,7 +91,7 @@ class TrainableModule(nn.Module):
             target,
             draws.timestep,
             batch.masks,
-            prediction_type=parts.prediction_type,  # type: ignore[arg-type]
+            prediction_type=parts.prediction_type,
         )
         return (losses * batch.loss_weights).sum() / divisor
 

@@ -14,6 +14,7 @@ import torch
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.dataset.dataset import Dataset, scan_dataset
 from library.devices import dtype_of
+from library.families.family import PredictionType
 from library.quiet import quiet_libraries
 from library.training import preparation as prepare
 from library.training.options import TrainingOptions
@@ -35,7 +36,7 @@ class PlannedRun:
     options: TrainingOptions
     accelerator: Accelerator
     base: BaseModelFiles
-    prediction_type: str
+    prediction_type: PredictionType
     dataset: Dataset
     length: RunLength
     seed: int
@@ -77,7 +78,7 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
         v_parameterization=options.base.v_parameterization,
     )
     family, prediction_type = base.family, base.resolved_prediction_type
-    options.loss.check_prediction_type(prediction_type)  # type: ignore[arg-type]
+    options.loss.check_prediction_type(prediction_type)
     base.check_clip_skip(options.captions.clip_skip)
     prepare.check_rates(options, len(family.text_encoder_prefixes))
     factor = family.latent_factor
