@@ -27,6 +27,7 @@ FACTS = RunFacts(
     started_at=2.5,
     seed=3,
     base_model_version="sd_v2_v",
+    is_v2=True,
     base_model={"ss_sd_model_name": "m"},
     dataset={"ss_dataset_dirs": "{}"},
     optimizer="torch.optim.adamw.AdamW()",
