@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.atomic import atomic_write
 from library.checkpoints.base_model import BaseModelFiles
 from library.checkpoints.folder import scheduler_config
 from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences, infer_config
@@ -243,8 +244,6 @@ def _write_tokenizer(model: BaseModelFiles, source: Path | None, folder: Path) -
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    from library.checkpoints.atomic import atomic_write
-
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 

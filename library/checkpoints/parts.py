@@ -164,10 +164,10 @@ def _some(names: list[str]) -> str:
 
 def content_fingerprint(part: ModelPart) -> str:
     """16 hex digits that stand for a part's values as saved: the same in a folder and in a single file."""
+    import torch
+
     hasher = hashlib.sha256()
     for name in sorted(part.sources):
-        import torch
-
         tensor = part.sources[name].read()
         hasher.update(f"{name}:{tensor.dtype}:".encode())
         hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 CHUNK = 75
-CHUNK_WITH_ENDS = CHUNK + 2
 
 WeightMode = Literal["multiply", "keep_mean"]
 

@@ -16,7 +16,7 @@ import torch
 
 from library.dataset.batches import Batch, BatchAddress, TrainingBatches, load_batches
 from library.dataset.caches import LatentCache, build_latent_cache, encode_posterior
-from library.dataset.report import dataset_metadata
+from library.dataset.report import dataset_metadata, sample_counts
 from library.devices import dtype_of, use_xformers
 from library.diffusion.noise import NoiseOptions, SampleDraws, draw_sample
 from library.diffusion.schedule import NoiseSchedule
@@ -201,7 +201,8 @@ def _divisor(run: PlannedRun) -> Callable[[int], float]:
 
 def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
     options = run.options
-    regularisation = sum(run.dataset.subset_of(sample.image).is_reg for sample in run.dataset.samples)
+    accelerator, accumulation = run.accelerator, run.length.accumulation
+    train_samples, regularisation_samples = sample_counts(run.dataset)
     facts = RunFacts(
         session_id=random.SystemRandom().getrandbits(32),
         started_at=run.started_at,
@@ -209,16 +210,15 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
         base_model_version=run.base.family.base_model_versions[run.prediction_type],
         is_v2=run.base.family.is_v2,
         base_model=base_model_metadata(run.base.path, run.options.base.vae),
-        dataset=dataset_metadata(run.dataset),
+        dataset=dataset_metadata(run.dataset, processes=accelerator.num_processes, accumulation=accumulation),
         optimizer=optimizer,
-        network_dim=options.network.dim,
+        network_dim=prepare.network_rank(network, options.network),
         total_steps=run.length.steps,
         total_epochs=run.length.epochs,
         batches_per_epoch=run.length.batches_per_epoch,
-        train_samples=len(run.dataset.samples) - regularisation,
-        regularisation_samples=regularisation,
+        train_samples=train_samples,
+        regularisation_samples=regularisation_samples,
     )
-
     spec = model_spec(options, run.base.family, run.prediction_type, _largest_resolution(run))
 
     def metadata_at(step: int, epochs: int) -> dict[str, str]:

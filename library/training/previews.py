@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from library.training.options import PreviewOptions
 
 if TYPE_CHECKING:
-    from library.generation.pipeline import ImageRequest, Pipeline
+    from library.generation.pipeline import Pipeline
+    from library.generation.requests import ImageRequest
 
 
 def previews_due(options: PreviewOptions, *, step: int, epoch_ended: int | None) -> bool:

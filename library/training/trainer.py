@@ -15,7 +15,7 @@ from library.streams import stream_seed
 from library.training.guards import StopRequest, clip_and_clean
 from library.training.plan import RunLength
 from library.training.progress import Progress
-from library.training.saving import RunFiles
+from library.training.saving import RunFiles, SavingFailed
 from library.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CHECK_LEARNING_AT = 50
 
 @dataclass(kw_only=True)
 class LoopParts:
-    """Everything the loop moves; built by `library.training.run`.
+    """Everything the loop moves; built by `assembly.build_loop`.
 
     Attributes:
         module: the prepared trainable module; `network` the adapter network inside it.
@@ -90,7 +90,7 @@ def run_loop(parts: LoopParts) -> Outcome:
             if step + 1 == min(CHECK_LEARNING_AT, parts.length.steps):
                 _warn_if_unchanged(parts, start)
             _after_step(parts, step + 1, readings)
-            if _all_stop(parts.accelerator, step + 1, stop.requested):
+            if step + 1 < parts.length.steps and _all_stop(parts.accelerator, step + 1, stop.requested):
                 readings.read_back()
                 return Outcome(steps=step + 1, stopped_by=stop.name, exit_status=stop.exit_status)
     readings.read_back()
@@ -148,9 +148,13 @@ def _after_step(parts: LoopParts, step: int, readings: Readings) -> None:
 
 def _save(parts: LoopParts, step: int, epoch_ended: int | None, epochs: int) -> None:
     if parts.accelerator.is_main_process:
-        paths = [parts.files.save_step(step, epochs, parts.length.steps)]
-        if epoch_ended is not None:
-            paths.append(parts.files.save_epoch(epoch_ended, step))
+        try:
+            paths = [parts.files.save_step(step, epochs, parts.length.steps)]
+            if epoch_ended is not None:
+                paths.append(parts.files.save_epoch(epoch_ended, step))
+        except SavingFailed as error:
+            parts.progress.say(f"step {step}: {error}; training goes on")
+            paths = []
         for path in filter(None, paths):
             parts.progress.say(f"saved {path}")
     parts.accelerator.wait_for_everyone()
@@ -212,11 +216,11 @@ class Readings:
             if not scaling:
                 self.parts.progress.say(f"step {step}: the gradient is not finite; the step is skipped")
             return
-        self.recent = [*self.recent[-(self.parts.length.steps_per_epoch - 1) :], loss]
+        self.recent = [*self.recent, loss][-self.parts.length.steps_per_epoch :]
         average = sum(self.recent) / len(self.recent)
         rates = self._rates()
         self.parts.tracker.log(step, {"loss/current": loss, "loss/average": average} | rates)
-        self.parts.progress.update(step, average, next(iter(rates.values()), 0.0))
+        self.parts.progress.update(step, average, next(iter(rates.values()), None))
 
     def _rates(self) -> dict[str, float]:
         groups = self.parts.optimizer.param_groups

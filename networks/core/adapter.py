@@ -134,9 +134,9 @@ class Adapter(nn.Module):
             dtype = torch.promote_types(dtype, weight.dtype)
         return (x.to(dtype), *(weight.to(dtype) for weight in weights))
 
-    def hook(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """The forward hook that `AdapterNetwork.attach` registers on the base layer."""
-        return self.forward(layer, args[0], output) if self.multiplier != 0 else None
+        return self.forward(layer, inputs[0], output) if self.multiplier != 0 else None
 
     def delta_norm(self, base_weight: Tensor) -> Tensor:
         """Frobenius norm of `delta_weight`: a 0-d fp32 tensor on the adapter's device."""

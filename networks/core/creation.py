@@ -1,6 +1,6 @@
 """From what the user gives to a network: the steps that `create_network` of every algorithm shares.
 
-An algorithm adds its own arguments to `COMMON_ARGUMENTS` and says how one adapter is made.
+An algorithm adds its own arguments to the tables here and says how one adapter is made.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class RateFactors:
 
     Attributes:
         block_weights: by U-Net block, where given.
-        plus_ratios: LoRA+ (Hayou, Ghosh and Yu, arXiv:2402.12354): the rate of the matrices that start at zero, over the
-            rate of the others; None trains both alike.
+        text_encoder_plus_ratio, denoiser_plus_ratio: LoRA+ (Hayou, Ghosh and Yu, arXiv:2402.12354): the rate of the
+            matrices that start at zero, over the rate of the others; None trains both alike.
     """
 
     block_weights: Sequence[float] | None = None

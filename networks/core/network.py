@@ -24,7 +24,7 @@ from networks.core.summary import GroupSummary, summarise
 from networks.core.targets import Part, Target, text_encoder_list
 
 # Which networks are merged into a layer's weight, oldest first. Each holds the weight as it found it, so they can only be
-# taken # out in the reverse order.
+# taken out in the reverse order.
 _MERGED: WeakKeyDictionary[nn.Module, list[AdapterNetwork]] = WeakKeyDictionary()
 
 
@@ -215,9 +215,8 @@ class AdapterNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for the optimizer, and their names for logs.
 
-        A rate of None falls back to `default_lr`; 0 freezes that part. (sd-scripts returned the groups alone before 2024,
-        and
-        returns this pair since.)
+        A rate of None falls back to `default_lr`; 0 freezes that part. (sd-scripts returned the groups alone before
+        2024, and returns this pair since.)
 
         Raises:
             UserError: nothing is left to train, or several text-encoder rates.
