@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from library.checkpoints.parts import PART_TITLES, PARTS, TEXT_ENCODER, VAE, Mod
 from library.checkpoints.tensor_files import TensorFile, open_tensor_file
 from library.errors import UserError
 from library.families.family import EPSILON, PREDICTION_TYPES, PredictionType
+from library.text_files import read_json_object
 
 _WEIGHTS_STEMS = {TEXT_ENCODER: ("model", "pytorch_model")}
 _DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
@@ -36,7 +36,7 @@ def parts_of_folder(path: Path, variant: str | None = None) -> dict[str, ModelPa
 
 def part_of_folder(path: Path, kind: str, variant: str | None = None) -> ModelPart:
     """One part from its own folder (`unet/`, `vae/`, `text_encoder/`)."""
-    config = read_json(path / "config.json")
+    config = read_json_object(path / "config.json", where=str(path / "config.json"))
     sources = {
         _module_name(kind, key): TensorSource(file, key)
         for file in _weight_files(path, kind, variant)
@@ -58,7 +58,7 @@ def _weight_files(path: Path, kind: str, variant: str | None) -> Iterator[Tensor
     if found.suffix != ".json":
         yield open_tensor_file(found)
         return
-    weight_map = read_json(found).get("weight_map")
+    weight_map = read_json_object(found, where=str(found)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError("has no weight_map", where=str(found))
     for name in sorted(set(weight_map.values())):
@@ -86,27 +86,10 @@ def _variants_in(path: Path, stems: tuple[str, ...]) -> set[str]:
     return {match[1] for entry in path.iterdir() if (match := pattern.match(entry.name)) and "ema" not in match[1]}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("is missing", where=str(path)) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"is not readable JSON ({error})", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("does not hold a JSON object", where=str(path))
-    return content
-
-
 def scheduler_config(path: Path) -> Mapping[str, Any] | None:
     """The scheduler's configuration of a model folder; None where it has none."""
     file = path / "scheduler" / "scheduler_config.json"
-    return read_json(file) if file.is_file() else None
+    return read_json_object(file, where=str(file)) if file.is_file() else None
 
 
 def prediction_type_of_folder(path: Path) -> PredictionType | None:

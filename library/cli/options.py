@@ -220,7 +220,7 @@ def _convert_into(values: dict[str, Any], option: Option, raw: Any, where: str, 
 
 def read_config_file(path: Path, options: Mapping[str, Option], problems: list[UserError]) -> dict[str, Any]:
     """The options of a TOML file; section names only group, as in sd-scripts. Mistakes are added to `problems`."""
-    from library.toml_files import read_toml
+    from library.text_files import read_toml
 
     if not path.suffix:
         path = path.with_suffix(".toml")

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, raise_all
-
-KNOWN_KEYS = ("image_path", "caption", "tags", "image_size", "train_resolution")
+from library.text_files import read_json, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +95,7 @@ class ImageFinder:
 
 def _json_object(path: Path) -> list[tuple[str, Any, Any]]:
     """(place, key, value) of a .json file."""
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        what = f"is not valid JSON: {error.msg} (at line {error.lineno}, column {error.colno})"
-        raise UserError(what, where=str(path)) from None
+    content = read_json(path, where=str(path))
     if not isinstance(content, dict):
         raise UserError("should be one JSON object with an entry for each image", where=str(path))
     return [(f"entry {key!r}", key, value) for key, value in content.items()]
@@ -109,7 +104,7 @@ def _json_object(path: Path) -> list[tuple[str, Any, Any]]:
 def _json_lines(path: Path) -> list[tuple[str, Any, Any]]:
     """(place, key, value) of a .jsonl file."""
     problems, pairs = [], []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, where=str(path)).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -120,13 +115,6 @@ def _json_lines(path: Path) -> list[tuple[str, Any, Any]]:
         pairs.append((f"line {number}", value.get("image_path") if isinstance(value, dict) else None, value))
     raise_all(problems)
     return pairs
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text ({error})", where=str(path)) from None
 
 
 def _faults(key: Any, value: Any) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from library.dataset.options import INTERPOLATIONS
 from library.errors import UserError, near_names, raise_all
-from library.toml_files import read_toml
+from library.text_files import read_json, read_toml
 
 
 def parse_resolution(value: object) -> tuple[int, int]:
@@ -136,7 +136,6 @@ class CommandLine(DatasetKeys, SubsetKeys):
     alpha_mask: bool | None = None
 
 
-SUBSET_ONLY_KEYS = tuple(name for name in SubsetTable.model_fields if name not in SubsetKeys.model_fields)
 COMMAND_LINE_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # key -> option
 
 
@@ -166,15 +165,7 @@ def load_tables(path: Path) -> dict[str, Any]:
             raise UserError(error.what, where=where, remedy=remedy) from None
     if path.suffix.lower() != ".json":
         raise UserError("a dataset file ends in .toml or .json", where=where)
-    try:
-        tables = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError("no such file", where=where) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text ({error})", where=where) from None
-    except json.JSONDecodeError as error:
-        what = f"is not valid JSON: {error.msg} (at line {error.lineno}, column {error.colno})"
-        raise UserError(what, where=where) from None
+    tables = read_json(path, where=where)
     if not isinstance(tables, dict):
         raise UserError("should be a table with the keys general and datasets", where=where)
     return tables

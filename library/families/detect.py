@@ -6,7 +6,6 @@ a LoRA" saves the search that "keys missing" begins.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
+from library.text_files import read_json_object
 
 FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2)
 
@@ -145,13 +145,7 @@ def _read_config(path: Path, folder: Path) -> dict[str, Any]:
             where=str(folder),
             remedy="give a folder with unet, vae and text_encoder in it, or a checkpoint file",
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"is not readable JSON ({error})", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("does not hold a JSON object", where=str(path))
-    return content
+    return read_json_object(path, where=str(path))
 
 
 _OTHER_ADAPTERS: tuple[tuple[str, str], ...] = (

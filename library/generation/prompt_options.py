@@ -6,7 +6,6 @@ one is an error, where sd-scripts drops it without a word.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from library.errors import UserError, attempt, near_names, raise_all
 from library.generation.requests import MAX_SEED, MAX_STEPS, MIN_SIZE
 from library.generation.samplers import find_sampler
-from library.toml_files import read_toml
+from library.text_files import read_json, read_text, read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +190,7 @@ def read_prompt_file(path: Path, *, where: str, options: Mapping[str, PromptOpti
     Raises:
         UserError: the file cannot be read or holds no prompt, or lines are wrong; all of them at once.
     """
-    numbered = enumerate(_read_text(path, where).splitlines(), 1)
+    numbered = enumerate(read_text(path, where=where).splitlines(), 1)
     places = [(f"{where}, line {number}", line) for number, line in numbered if line.strip() and not line.startswith("#")]
     return _all_lines(places, lambda line, place: _parse(line, place, options), where)
 
@@ -245,10 +244,7 @@ def _entry_line(entry: Any, where: str) -> PromptLine:
 
 
 def _json_entries(path: Path, where: str) -> list[Any]:
-    try:
-        entries = json.loads(_read_text(path, where))
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not valid JSON: {error}", where=where) from None
+    entries = read_json(path, where=where)
     if not isinstance(entries, list):
         raise UserError("is not a list of prompts", where=where, remedy='write ["a cat", {"prompt": "a dog"}]')
     return entries
@@ -264,15 +260,6 @@ def _toml_entries(path: Path, where: str) -> list[Any]:
         raise UserError("holds no prompts", where=where, remedy='write [[prompt.subset]] and below it prompt = "a cat"')
     common = {key: value for key, value in shared.items() if key != "subset"}
     return [common | subset if isinstance(subset, dict) else subset for subset in subsets]
-
-
-def _read_text(path: Path, where: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError("no such file", where=where) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text ({error})", where=where) from None
 
 
 def _all_lines(entries: Sequence[tuple[str, Any]], parse: Callable[[Any, str], PromptLine], where: str) -> list[PromptLine]:

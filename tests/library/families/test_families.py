@@ -113,7 +113,7 @@ def test_folders_are_known_by_their_configurations(tiny_sd1_folder, tiny_sd2_fol
     with pytest.raises(UserError, match="is an inpainting model"):
         family_of_folder(copy)
     config.write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: is not readable JSON"):
+    with pytest.raises(UserError, match=r"config\.json: is not valid JSON"):
         family_of_folder(copy)
     shutil.rmtree(copy / "unet")
     with pytest.raises(UserError, match=r"is no diffusers model folder: it has no unet/config\.json"):
