@@ -23,7 +23,7 @@ def compute_dtype(precision: str, device: torch.device, *, where: str) -> torch.
 
     Args:
         precision: "no", "float" or "fp32"; "fp16"; "bf16".
-        where: how a sentence names the option.
+        where: the option as it was given ("--mixed_precision fp16"); the remedy spells the other precision likewise.
 
     Raises:
         UserError: fp16 on a CPU, bf16 on a GPU without it.
@@ -31,9 +31,10 @@ def compute_dtype(precision: str, device: torch.device, *, where: str) -> torch.
     import torch
 
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("fp16 arithmetic needs a GPU, and none is used", where=where, remedy="use bf16 or no (fp32)")
+        remedy = f"give {where.replace('fp16', 'bf16')}, or compute in fp32"
+        raise UserError("fp16 arithmetic needs a GPU, and none is used", where=where, remedy=remedy)
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("this GPU has no bf16 arithmetic", where=where, remedy="use fp16")
+        raise UserError("this GPU has no bf16 arithmetic", where=where, remedy=f"give {where.replace('bf16', 'fp16')}")
     return dtype_of(precision)
 
 
@@ -48,7 +49,7 @@ def use_xformers(denoiser: Any, device: torch.device) -> str | None:
     """Switch a diffusers model to xformers' attention; a sentence where it cannot be had and torch's own stays."""
     reason = why_no_xformers(device)
     if reason:
-        return f"--xformers: {reason}, so torch's scaled_dot_product_attention is used"
+        return f"--xformers: {reason}, so torch's own attention (--sdpa) is used"
     denoiser.enable_xformers_memory_efficient_attention()
     return None
 
