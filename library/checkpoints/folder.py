@@ -9,7 +9,8 @@ from typing import Any
 
 from library.checkpoints.ldm_keys import modern_vae_name
 from library.checkpoints.parts import PART_TITLES, PARTS, TEXT_ENCODER, VAE, ModelPart, TensorSource
-from library.checkpoints.tensor_files import TensorFile, open_tensor_file
+from library.checkpoints.tensor_files import open_tensor_file
+from library.checkpoints.tensor_places import TensorFile
 from library.errors import UserError
 from library.families.family import EPSILON, PREDICTION_TYPES, PredictionType
 from library.text_files import read_json_object

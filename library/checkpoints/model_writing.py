@@ -18,7 +18,7 @@ from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences,
 from library.checkpoints.ldm_keys import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, split_third
 from library.checkpoints.parts import PARTS, TEXT_ENCODER, UNET, VAE, ModelPart, check_tensors
 from library.checkpoints.single_file import original_table
-from library.checkpoints.tensor_files import TensorFile
+from library.checkpoints.tensor_places import TensorFile
 from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
 from library.errors import UserError
 from library.families.family import NOISE_SCHEDULE

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.tensor_files import TensorFile
+from library.checkpoints.tensor_places import TensorFile
 from library.errors import UserError
 
 if TYPE_CHECKING:

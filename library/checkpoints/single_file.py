@@ -19,7 +19,7 @@ from library.checkpoints.ldm_keys import (
     vae_table,
 )
 from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart, TensorSource
-from library.checkpoints.tensor_files import TensorFile
+from library.checkpoints.tensor_places import TensorFile
 from library.errors import UserError
 from library.families.detect import family_of_checkpoint
 from library.families.family import EPSILON, V_PREDICTION, ModelFamily, PredictionType

@@ -1,148 +1,17 @@
-"""Reading tensor files: one face for .safetensors and for PyTorch's .ckpt, .pt and .bin.
-
-Every format comes down to a table that says where in the file each tensor lies. A tensor is read when it is asked for, with
-plain reads: a mapped file would count as memory of the process, page after page.
-"""
+"""Opening tensor files: one face for .safetensors and for PyTorch's .ckpt, .pt and .bin."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from library.checkpoints.tensor_places import SAFETENSORS_DTYPES, TensorFile, TensorPlace
+from library.checkpoints.torch_pickle import read_torch_places
 from library.errors import UserError, near_names
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-# The format's own names (https://huggingface.co/docs/safetensors, "Format") in the order of its writer, and torch's.
-SAFETENSORS_DTYPES: Mapping[str, str] = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
-ITEM_SIZES: Mapping[str, int] = {
-    "bool": 1,
-    "uint8": 1,
-    "int8": 1,
-    "float8_e5m2": 1,
-    "float8_e4m3fn": 1,
-    "int16": 2,
-    "uint16": 2,
-    "float16": 2,
-    "bfloat16": 2,
-    "int32": 4,
-    "uint32": 4,
-    "float32": 4,
-    "float64": 8,
-    "int64": 8,
-    "uint64": 8,
-}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor lies in its file.
-
-    Attributes:
-        dtype: torch's name without "torch.".
-        shape: of the tensor.
-        offset: of its first element in the file, in bytes.
-        strides: in elements, for tensors that were saved as views; None for contiguous ones.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    strides: tuple[int, ...] | None = None
-
-    @property
-    def span(self) -> int:
-        """Bytes from the first element to the end of the last."""
-        if 0 in self.shape:
-            return 0
-        if self.strides is None:
-            elements = math.prod(self.shape)
-        else:
-            elements = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        return elements * ITEM_SIZES[self.dtype]
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The tensors of a file: names, shapes and types from its header, values when asked for.
-
-    Attributes:
-        path: the file.
-        places: key -> where the tensor lies.
-        metadata: the texts of a safetensors header; empty for PyTorch's formats.
-        counters: whole numbers beside the tensors of a PyTorch checkpoint ("epoch", "global_step").
-    """
-
-    path: Path
-    places: Mapping[str, TensorPlace]
-    metadata: dict[str, str] = field(default_factory=dict)
-    counters: dict[str, int] = field(default_factory=dict)
-
-    def keys(self) -> list[str]:
-        return list(self.places)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.places
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.places[key].shape
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: place.shape for key, place in self.places.items()}
-
-    def dtype(self, key: str) -> torch.dtype:
-        import torch
-
-        return getattr(torch, self.places[key].dtype)
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU, contiguous, in memory of its own."""
-        import torch
-
-        place = self.places[key]
-        dtype = getattr(torch, place.dtype)
-        if place.span == 0:
-            return torch.empty(place.shape, dtype=dtype)
-        raw = torch.empty(place.span, dtype=torch.uint8)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(place.offset)
-            _read_fully(file, raw.numpy().data, self.path)
-        elements = raw.view(dtype)
-        if place.strides is None:
-            return elements.view(place.shape)
-        return elements.as_strided(place.shape, place.strides).contiguous()
-
-
-def _read_fully(file: Any, target: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(target):
-        count = file.readinto(target[done:])
-        if not count:
-            raise UserError("ended while it was read: it is truncated or was replaced", where=str(path))
-        done += count
 
 
 def open_tensor_file(path: Path | str) -> TensorFile:
@@ -165,8 +34,6 @@ def open_tensor_file(path: Path | str) -> TensorFile:
     if not head:
         raise UserError("is empty", where=where, remedy="fetch or save it again")
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{"):
-        from library.checkpoints.torch_pickle import read_torch_places
-
         return read_torch_places(path)
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
         return _open_safetensors(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.atomic import atomic_write
-from library.checkpoints.tensor_files import ITEM_SIZES, SAFETENSORS_DTYPES
+from library.checkpoints.tensor_places import ITEM_SIZES, SAFETENSORS_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor

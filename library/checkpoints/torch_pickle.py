@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from library.checkpoints.tensor_files import ITEM_SIZES, TensorFile, TensorPlace
+from library.checkpoints.tensor_places import ITEM_SIZES, TensorFile, TensorPlace
 from library.errors import UserError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER

@@ -10,7 +10,8 @@ from library.checkpoints.inferred_configs import infer_config
 from library.checkpoints.ldm_keys import KeyTable, modern_vae_name, split_third
 from library.checkpoints.parts import PARTS, TEXT_ENCODER, UNET, VAE, ModelPart
 from library.checkpoints.single_file import original_table, read_checkpoint
-from library.checkpoints.tensor_files import TensorFile, open_tensor_file
+from library.checkpoints.tensor_files import open_tensor_file
+from library.checkpoints.tensor_places import TensorFile
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 
