@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from library.cli.options import FLAG, Option, OptionGroup
+from library.dataset.options import DEFAULT_CAPTION_EXTENSION, INTERPOLATIONS
 
 DATA_OPTIONS = (
     OptionGroup(
@@ -83,7 +84,7 @@ DATA_OPTIONS = (
     OptionGroup(
         "Captions",
         (
-            Option(name="caption_extension", default=".caption", help="suffix of caption files"),
+            Option(name="caption_extension", default=DEFAULT_CAPTION_EXTENSION, help="suffix of caption files"),
             Option(name="caption_extention", help="old spelling of --caption_extension"),
             Option(
                 name="caption_separator",
@@ -162,7 +163,7 @@ DATA_OPTIONS = (
             ),
             Option(
                 name="resize_interpolation",
-                choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"),
+                choices=INTERPOLATIONS,
                 help="resampling filter; without it area when shrinking and Lanczos when enlarging",
             ),
             Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from library.cli.options import FLAG, Option, OptionGroup
+from library.generation.samplers import SAMPLERS
 
 OUTPUT_OPTIONS = (
     OptionGroup(
@@ -86,24 +87,7 @@ OUTPUT_OPTIONS = (
             Option(
                 name="sample_sampler",
                 default="ddim",
-                choices=(
-                    "ddim",
-                    "pndm",
-                    "lms",
-                    "euler",
-                    "euler_a",
-                    "heun",
-                    "dpm_2",
-                    "dpm_2_a",
-                    "dpmsolver",
-                    "dpmsolver++",
-                    "dpmsingle",
-                    "k_lms",
-                    "k_euler",
-                    "k_euler_a",
-                    "k_dpm_2",
-                    "k_dpm_2_a",
-                ),
+                choices=tuple(SAMPLERS),
                 help="sampler of the previews",
             ),
         ),
