@@ -5,7 +5,7 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -59,6 +59,16 @@ def attempt(work: Callable[[], T], problems: list[UserError]) -> T | None:
     except UserError as error:
         problems += error.problems
         return None
+
+
+def some_names(names: Sequence[str], limit: int = 20) -> str:
+    """Names in a row for a sentence, the rest as a number.
+
+    >>> some_names(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def near_names(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.tensor_places import TensorFile
-from library.errors import UserError
+from library.errors import UserError, some_names
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 UNET, VAE, TEXT_ENCODER = "unet", "vae", "text_encoder"
 PARTS = (UNET, VAE, TEXT_ENCODER)
+SHOWN = 3  # tensors that a sentence names
 PART_TITLES: Mapping[str, str] = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder"}
 
 
@@ -144,22 +145,19 @@ def check_tensors(part: ModelPart, shapes: Mapping[str, tuple[int, ...]]) -> Non
     title = PART_TITLES[part.kind]
     missing = [name for name in shapes if name not in part.sources]
     if missing:
-        raise UserError(f"lacks {_some(missing)} of its {title}", where=part.where, remedy="fetch or convert it again")
+        raise UserError(
+            f"lacks {some_names(missing, SHOWN)} of its {title}", where=part.where, remedy="fetch or convert it again"
+        )
     extra = [source.key for name, source in part.sources.items() if name not in shapes]
     if extra:
-        raise UserError(f"has tensors that its {title} has no place for: {_some(extra)}", where=part.where)
+        raise UserError(f"has tensors that its {title} has no place for: {some_names(extra, SHOWN)}", where=part.where)
     wrong = [
         f"{source.key} is {source.shape} instead of {shapes[name]}"
         for name, source in part.sources.items()
         if not same_up_to_ones(source.shape, shapes[name])
     ]
     if wrong:
-        raise UserError(f"its {title} does not fit together: {_some(wrong)}", where=part.where)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+        raise UserError(f"its {title} does not fit together: {some_names(wrong, SHOWN)}", where=part.where)
 
 
 def content_fingerprint(part: ModelPart) -> str:

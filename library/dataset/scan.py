@@ -14,10 +14,9 @@ from library.dataset.images import BadImageError, Header, image_extensions, read
 from library.dataset.metadata_files import ImageFinder, MetadataEntry, read_metadata
 from library.dataset.options import DEFAULT_CAPTION_EXTENSION, SubsetSettings
 from library.dataset.sources import Findings
-from library.errors import UserError, attempt
+from library.errors import UserError, attempt, some_names
 
 READERS = 16  # threads; reading headers waits for the disk most of the time
-SHOWN_NAMES = 20
 OTHER_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap")
 UNREAD_EXTENSIONS = (".gif", ".tif", ".tiff", ".heic", ".heif", ".jfif", ".avif", ".jxl", ".psd", ".svg", ".jp2")
 _USUAL_EXTENSIONS = {
@@ -74,12 +73,6 @@ def scan_subsets(subsets: Sequence[SubsetSettings], findings: Findings) -> list[
             _scan_folder(subset, pool, findings) if subset.metadata_file is None else _scan_metadata(subset, pool, findings)
             for subset in subsets
         ]
-
-
-def some_names(names: Sequence[str], limit: int = SHOWN_NAMES) -> str:
-    """Names in a row, the rest as a number."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _scan_folder(subset: SubsetSettings, pool: Executor, findings: Findings) -> SubsetScan:

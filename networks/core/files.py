@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, some_names
 from library.families.family import ModelFamily
 from networks.core.adapter import Adapter
 from networks.core.keys import by_layer, other_layout
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 3  # layers that a sentence names
 
 LayerTensors = dict[str, Tensor]
 
@@ -61,26 +63,23 @@ class LoadReport:
         if not self.matched:
             what = f"it is in {self.layout}, which is not read" if self.layout else f"none of its {total} layers fits"
             raise UserError(
-                f"{what} ({_examples(self.unmatched) or 'the file is empty'})",
+                f"{what} ({some_names(self.unmatched, SHOWN) or 'the file is empty'})",
                 where=where,
                 remedy=f"give a kohya-style adapter made for {family.title}",
             )
         if self.unmatched and not allow_unmatched:
+            shown = some_names(self.unmatched, SHOWN)
             raise UserError(
-                f"{len(self.unmatched)} of its {total} layers have no place in the network ({_examples(self.unmatched)})",
+                f"{len(self.unmatched)} of its {total} layers have no place in the network ({shown})",
                 where=where,
                 remedy="train or load the same parts and kinds of layers as the file has (conv_dim for convolutions)",
             )
         if self.missing and not allow_missing:
             raise UserError(
-                f"has no weights for {len(self.missing)} layers of the network ({_examples(self.missing)})",
+                f"has no weights for {len(self.missing)} layers of the network ({some_names(self.missing, SHOWN)})",
                 where=where,
                 remedy="train only the parts and kinds of layers that the file has, or use --dim_from_weights",
             )
-
-
-def _examples(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def match_layers(tensors: Mapping[str, Tensor], names: Collection[str]) -> LoadReport:
