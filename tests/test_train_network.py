@@ -244,11 +244,52 @@ def test_the_plan_tells_what_the_run_does(train):
     assert not out.exists(), "a plan writes nothing"
     for part in (
         "3 steps of 2 images x 2 micro-batches: 1 epoch and 1 step; 2 steps in an epoch",
+        "the last step of an epoch has 1 of them",
+        "6 images, each 1 time an epoch (1 to 2 in the run)",
         "predicts the noise",
         "--huber_c has no effect: --loss_type is not huber",
         "U-Net: 277 modules, rank 2/4",
     ):
         assert part in finished.out, finished.out
+
+
+def test_adafactor_says_that_it_chooses_the_rate(train):
+    finished, _ = train("--plan_only", optimizer_type="Adafactor", learning_rate=None)
+    finished.require_success()
+    assert "text encoder chosen by the optimizer, U-Net chosen by the optimizer" in finished.out
+    assert "2e-06" not in finished.out
+    assert "2e-6" not in finished.out
+    finished, out = train(optimizer_type="Adafactor", optimizer_args="relative_step=True", lr_scheduler="adafactor:1e-3")
+    finished.require_success()
+    assert "--learning_rate has no effect: Adafactor's relative steps choose the rate" in finished.out
+    assert (out / "mine.safetensors").exists()
+
+
+def test_options_that_do_nothing_are_said(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a thing")
+    finished, _ = train(
+        *("--plan_only", "--sample_prompts", tmp_path / "prompts.txt", "--metadata_author", "me", "--save_model_as", "pt"),
+        *("--lr_warmup_steps", 5, "--training_comment", "mine"),
+    )
+    finished.require_success()
+    for part in (
+        "--sample_prompts has no effect: there is no --sample_every_n_epochs",
+        "--metadata_author has no effect: only .safetensors",
+        "--training_comment has no effect: only .safetensors",
+        "warm-up 5 steps, which is the whole run",
+    ):
+        assert part in finished.out, finished.out
+
+
+@pytest.mark.parametrize(("limit", "told"), [(75, True), (225, False)])
+def test_captions_that_are_cut_off_are_named(train, tmp_path, limit, told):
+    images = draw_images(tmp_path / "long", 2)
+    (images / "01.txt").write_text(", ".join(f"tag{number}" for number in range(40)))
+    dataset = dataset_file(tmp_path / "long.toml", images)
+    finished, _ = train("--plan_only", dataset_config=dataset, max_token_length=limit)
+    finished.require_success()
+    assert ("1 caption has more than 75 tokens, and the rest is not read" in finished.out) == told
+    assert ("01.png (" in finished.out) == told
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -334,6 +375,19 @@ BAD = {
     "unknown schedule": ({"lr_scheduler": "cosin"}, ["did you mean cosine"]),
     "unknown network argument": ({"network_args": "conv_dmi=4"}, ["conv_dmi", "conv_dim"]),
     "rate of zero": ({"learning_rate": 0}, ["nothing would be trained"]),
+    "share that is none": ({"network_args": "module_dropout=abc"}, ["--network_args module_dropout", "not a number"]),
+    "setting refused": ({"optimizer_args": "betas=2"}, ["--optimizer_type AdamW: refuses its settings"]),
+    "schedule without pieces": ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler_args", "step_rules="]),
+    "schedule that needs a loss": (
+        {"lr_scheduler_type": "ReduceLROnPlateau"},
+        ["cannot be used for step 1 of 3", "metrics"],
+    ),
+    "schedule that lacks a setting": ({"lr_scheduler_type": "StepLR"}, ["StepLR: refuses its settings", "step_size"]),
+    "optimizer of sparse gradients": ({"optimizer_type": "SparseAdam"}, ["cannot train an adapter"]),
+    "norm of zero": ({"scale_weight_norms": 0}, ["--scale_weight_norms 0", "is not above 0"]),
+    "rate without end": ({"learning_rate": "inf"}, ["--learning_rate", "not a finite number"]),
+    "noise that is no number": ({"noise_offset": "nan"}, ["--noise_offset", "not a finite number"]),
+    "warm-up without end": ({"lr_warmup_steps": "inf"}, ["--lr_warmup_steps", "neither a whole number"]),
     "fp16 on a CPU": ({"mixed_precision": "fp16"}, ["needs a GPU", "bf16"]),
 }
 
@@ -344,6 +398,13 @@ def test_wrong_input_is_a_sentence_before_anything_is_written(train, name):
     finished, out = train(**options)
     assert_refused(finished, *parts)
     assert not out.exists()
+
+
+def test_an_adapter_of_another_rank_is_refused_before_anything_is_written(train):
+    _, first = train(out="first")
+    finished, second = train("--network_weights", first / "mine.safetensors", out="second", network_dim=8)
+    assert_refused(finished, "has rank 4 in the file and 8 in the network", "--dim_from_weights")
+    assert not second.exists()
 
 
 def test_an_sd1_model_is_not_trained_as_sd2(train):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from library.cli.optimizer_choice import RATES, relative_steps, schedule_free
 from library.cli.options import ParsedOptions
 
 
@@ -38,6 +39,21 @@ def _captions_stay(parsed: ParsedOptions) -> bool:
 def _folder_dataset_options(parsed: ParsedOptions) -> bool:
     return parsed.given("dataset_config")
 
+
+def _draws_no_previews(parsed: ParsedOptions) -> bool:
+    return not any(parsed[name] for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"))
+
+
+def _own_schedule_of_adafactor(parsed: ParsedOptions) -> bool:
+    return relative_steps(parsed) and not str(parsed["lr_scheduler"]).startswith("adafactor")
+
+
+SCHEDULE = ("lr_scheduler", "lr_scheduler_type", "lr_warmup_steps", "lr_decay_steps")
+FILE_METADATA = (
+    *("no_metadata", "training_comment", "metadata_title", "metadata_author", "metadata_description", "metadata_license"),
+    *("metadata_tags", "metadata_usage_hint", "metadata_thumbnail", "metadata_merged_from", "metadata_trigger_phrase"),
+    *("metadata_preprocessor", "metadata_is_negative_embedding"),
+)
 
 RULES: tuple[NoEffect, ...] = (
     NoEffect(("tokenizer_cache_dir",), _always, "tokenizers ship with this package"),
@@ -106,7 +122,16 @@ RULES: tuple[NoEffect, ...] = (
         lambda p: not p["enable_bucket"] and not p.given("dataset_config"),
         "there is no --enable_bucket",
     ),
-    NoEffect(("metadata_title",), lambda p: p["save_model_as"] != "safetensors", "only .safetensors files carry metadata"),
+    NoEffect(FILE_METADATA, lambda p: p["save_model_as"] != "safetensors", "only .safetensors files carry metadata"),
+    NoEffect(("training_comment",), lambda p: p["no_metadata"], "--no_metadata leaves it out"),
+    NoEffect(RATES, relative_steps, "Adafactor's relative steps choose the rate"),
+    NoEffect(SCHEDULE, _own_schedule_of_adafactor, "Adafactor's relative steps are a schedule of their own"),
+    NoEffect(SCHEDULE, schedule_free, "this optimizer needs no schedule"),
+    NoEffect(
+        ("sample_prompts",),
+        _draws_no_previews,
+        "there is no --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first",
+    ),
     NoEffect(("dim_from_weights",), _without("network_weights"), "there are no --network_weights"),
     NoEffect(
         ("network_dim", "network_alpha"), lambda p: p["dim_from_weights"], "--dim_from_weights takes them from the file"

@@ -7,6 +7,7 @@ option is described in one place. Nothing here imports torch: `--help` has to an
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,8 @@ class Option:
         except ValueError as error:
             own_sentence = self.type not in (int, float, str, Path) and str(error)
             raise ValueError(own_sentence or f"{raw!r} is not {_type_name(self.type)}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{raw!r} is not a finite number")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{value!r} is not known; {near_names(str(value), [str(c) for c in self.choices])}")
         return value

@@ -5,13 +5,14 @@ What can be judged from the command line alone is judged here, all at once; what
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from library.cli.key_values import key_literals, key_values
 from library.cli.no_effect import options_without_effect
+from library.cli.optimizer_choice import optimizer_args, optimizer_name, relative_steps
 from library.cli.options import ParsedOptions, parse
 from library.cli.training_options import TRAINING_OPTIONS
 from library.errors import UserError, attempt, raise_all
@@ -47,6 +48,7 @@ AT_LEAST = {
         *("prior_loss_weight", "lr_scheduler_min_lr_ratio", "caption_dropout_every_n_epochs", "seed"),
     ),
 }
+ABOVE_0 = ("scale_weight_norms",)
 SHARES = ("network_dropout", "caption_dropout_rate", "caption_tag_dropout_rate", "lr_scheduler_min_lr_ratio")
 
 
@@ -95,6 +97,11 @@ def _out_of_range(parsed: ParsedOptions) -> list[UserError]:
             value = parsed[name]
             if value is not None and not value >= least:
                 problems.append(UserError(f"is below {least}", where=parsed.where(name)))
+    problems += [
+        UserError("is not above 0", where=parsed.where(name), remedy="leave it out to do without")
+        for name in ABOVE_0
+        if parsed[name] is not None and not parsed[name] > 0
+    ]
     for name in SHARES:
         if parsed[name] is not None and not 0 <= parsed[name] <= 1:
             problems.append(UserError("is not between 0 and 1", where=parsed.where(name)))
@@ -158,7 +165,8 @@ def _advice(parsed: ParsedOptions) -> list[str]:
         (parsed["unet_lr"], not parsed["network_train_text_encoder_only"]),
         (parsed["text_encoder_lr"], not parsed["network_train_unet_only"]),
     ]
-    if not parsed.given("learning_rate") and any(rate is None and trains for rate, trains in parts):
+    default_used = not parsed.given("learning_rate") and any(rate is None and trains for rate, trains in parts)
+    if default_used and not relative_steps(parsed):
         notes.append("--learning_rate is left at 2e-6, which hardly trains a LoRA; 1e-4 is usual")
     if parsed["zero_terminal_snr"] and not parsed["v_parameterization"]:
         notes.append("--zero_terminal_snr suits v-prediction: a noise prediction cannot learn from a step of pure noise")
@@ -168,7 +176,7 @@ def _advice(parsed: ParsedOptions) -> list[str]:
 def _base(parsed: ParsedOptions) -> BaseModelOptions:
     return BaseModelOptions(
         path=parsed["pretrained_model_name_or_path"] or "",
-        vae=parsed["vae"],
+        vae=parsed["vae"] or None,
         v2=parsed["v2"] if parsed.given("v2") else None,
         v_parameterization=parsed["v_parameterization"] if parsed.given("v_parameterization") else None,
     )
@@ -198,17 +206,9 @@ def _network(parsed: ParsedOptions) -> NetworkOptions:
 
 
 def _optimizer(parsed: ParsedOptions) -> OptimizerOptions:
-    from library.training.optimizers import optimizer_kind
-
-    legacy = "AdamW8bit" if parsed["use_8bit_adam"] else "Lion" if parsed["use_lion_optimizer"] else None
-    name, _ = optimizer_kind(legacy or parsed["optimizer_type"])
-    args = key_literals(parsed["optimizer_args"], "--optimizer_args")
-    rates_given = any(parsed.given(rate) for rate in ("learning_rate", "unet_lr", "text_encoder_lr"))
-    if name == "Adafactor" and rates_given:
-        args.setdefault("relative_step", False)  # a rate that was given is used
     return OptimizerOptions(
-        type=legacy or parsed["optimizer_type"] or "AdamW",
-        args=args,
+        type=optimizer_name(parsed),
+        args=optimizer_args(parsed),
         learning_rate=parsed["learning_rate"],
         unet_lr=parsed["unet_lr"],
         text_encoder_lr=parsed["text_encoder_lr"] or (),
@@ -230,7 +230,7 @@ def _schedule(parsed: ParsedOptions) -> ScheduleOptions:
         timescale=parsed["lr_scheduler_timescale"],
         min_lr_ratio=parsed["lr_scheduler_min_lr_ratio"],
     )
-    check_schedule(options)
+    check_schedule(options, relative_steps=relative_steps(parsed))
     return options
 
 
@@ -355,36 +355,3 @@ def write_config(parsed: ParsedOptions) -> int:
     path.write_text(toml.dumps(plain), encoding="utf-8")
     print(f"wrote {len(plain)} options to {path}")
     return 0
-
-
-def key_values(items: Sequence[str] | None, where: str) -> dict[str, str]:
-    """["conv_dim=4", "conv_alpha=1"] as a mapping.
-
-    Raises:
-        UserError: an item without "=", or a key given twice.
-    """
-    pairs: dict[str, str] = {}
-    for item in items or ():
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{item!r} is not key=value", where=where)
-        if key.strip() in pairs:
-            raise UserError(f"{key.strip()!r} is given twice", where=where, remedy="keep one of them")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
-def key_literals(items: Sequence[str] | None, where: str) -> dict[str, Any]:
-    """The same with values as Python literals: 0.01, True, (0.9, 0.999), 'text'; nothing is evaluated.
-
-    Raises:
-        UserError: a value that is none.
-    """
-    values: dict[str, Any] = {}
-    for key, text in key_values(items, where).items():
-        try:
-            values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            remedy = f"write numbers as 0.01, switches as True, texts in quotes ({key}='{text}')"
-            raise UserError(f"{key}={text} is no Python literal", where=where, remedy=remedy) from None
-    return values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from library.cli.options import FLAG, Option, OptionGroup
 
 
@@ -15,7 +17,7 @@ def step_count(text: str) -> int | float:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise ValueError(f"{text!r} is no number of steps, share or percentage") from None
-    if value < 0 or (value >= 1 and (text.endswith("%") or value != int(value))):
+    if not math.isfinite(value) or value < 0 or (value >= 1 and (text.endswith("%") or value != int(value))):
         raise ValueError(f"{text!r} is neither a whole number of steps nor a share from 0 to 1")
     return int(value) if value >= 1 or value == 0 else value
 

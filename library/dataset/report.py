@@ -75,11 +75,12 @@ def sample_counts(dataset: Dataset) -> tuple[int, int]:
     return len(dataset.samples) - reg, reg
 
 
-def report_lines(dataset: Dataset, *, processes: int = 1, epochs: int | None = None) -> list[str]:
+def report_lines(dataset: Dataset, *, processes: int = 1, epochs: int | None = None, cut_short: bool = False) -> list[str]:
     """The part of the plan about the data, for people.
 
     Args:
         epochs: adds how often each image is seen in the run.
+        cut_short: the run ends within the last of them.
     """
     train, reg = sample_counts(dataset)
     total = f"{train + reg} samples an epoch"
@@ -88,7 +89,7 @@ def report_lines(dataset: Dataset, *, processes: int = 1, epochs: int | None = N
     subsets, buckets = subset_summaries(dataset), bucket_summaries(dataset, processes=processes)
     for number, settings in enumerate(dataset.settings):
         lines.append(_dataset_line(number, settings))
-        lines += [_subset_line(dataset, one, epochs) for one in subsets if one.dataset == number]
+        lines += [_subset_line(dataset, one, epochs, cut_short) for one in subsets if one.dataset == number]
         lines += [_bucket_line(one) for one in buckets if one.dataset == number]
         surplus = dataset.surplus_reg_images[number]
         if surplus:
@@ -166,14 +167,17 @@ def _dataset_line(number: int, settings: DatasetSettings) -> str:
     return f"dataset {number + 1}: batch size {settings.batch_size}, {shape}"
 
 
-def _subset_line(dataset: Dataset, one: SubsetSummary, epochs: int | None) -> str:
+def _subset_line(dataset: Dataset, one: SubsetSummary, epochs: int | None, cut_short: bool) -> str:
     low, high = one.exposures
-    times = f"{low}" if low == high else f"{low} to {high}"
-    seen = f"each {times} times an epoch"
+    seen = f"each {_from_to(low, high)} {'time' if high == 1 else 'times'} an epoch"
     if epochs is not None:
-        seen += f" ({low * epochs} in the run)" if low == high else f" ({low * epochs} to {high * epochs} in the run)"
+        seen += f" ({_from_to(low * (epochs - cut_short), high * epochs)} in the run)"
     kind = f", regularisation with loss weight {dataset.options.prior_loss_weight:g}" if one.settings.is_reg else ""
     return f"  {one.settings.title}: {one.images} images, {seen}, {one.share:.0%} of the samples{kind}"
+
+
+def _from_to(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _bucket_line(one: BucketSummary) -> str:

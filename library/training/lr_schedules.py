@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, near_names
+from library.training.optimizers import REFUSALS, in_words
 from library.training.options import ScheduleOptions
 
 if TYPE_CHECKING:
@@ -111,21 +113,29 @@ SCHEDULES: Mapping[str, Callable[[ScheduleOptions, int, int], Factor]] = {
 }
 
 
-def check_schedule(options: ScheduleOptions) -> None:
-    """Raise a `UserError` for a schedule that does not exist or lacks what it needs."""
+def check_schedule(options: ScheduleOptions, *, relative_steps: bool = False) -> None:
+    """Raise a `UserError` for a schedule that does not exist or lacks what it needs.
+
+    Args:
+        relative_steps: the optimizer is Adafactor with its own schedule, which sd-scripts calls "adafactor".
+    """
     if options.custom_type:
         _custom_class(options.custom_type)
         if options.warmup:
             raise UserError("a custom schedule has no warm-up of ours", where="--lr_warmup_steps", remedy="leave it out")
     elif options.name.partition(":")[0] == "adafactor":
+        if relative_steps:
+            return
         raise UserError(
             "Adafactor's own schedule needs its relative steps",
             where=f"--lr_scheduler {options.name}",
-            remedy='give --optimizer_args "relative_step=True" and leave --lr_scheduler out',
+            remedy='give --optimizer_type Adafactor --optimizer_args "relative_step=True"',
         )
     elif options.name not in SCHEDULES:
         where = f"--lr_scheduler {options.name}"
         raise UserError("no such schedule", where=where, remedy=near_names(options.name, SCHEDULES))
+    else:
+        SCHEDULES[options.name](options, 0, 1)
 
 
 def learning_rate_factor(options: ScheduleOptions, total_steps: int) -> Factor:
@@ -146,10 +156,32 @@ def build_schedule(options: ScheduleOptions, optimizer: Optimizer, total_steps: 
     if options.custom_type:
         try:
             return _custom_class(options.custom_type)(optimizer, **options.args)
-        except (TypeError, ValueError) as error:
+        except REFUSALS as error:
             where = f"--lr_scheduler_type {options.custom_type}"
-            raise UserError(f"refuses its settings: {error}", where=where, remedy="see --lr_scheduler_args") from error
+            raise UserError(
+                f"refuses its settings: {in_words(error)}", where=where, remedy="see --lr_scheduler_args"
+            ) from error
     return LambdaLR(optimizer, learning_rate_factor(options, total_steps))
+
+
+def rehearse_schedule(options: ScheduleOptions, optimizer: Optimizer, total_steps: int) -> None:
+    """Build the schedule and walk a class of the user's choice through the run; some end early, or need a loss.
+
+    Raises:
+        UserError: it refuses its settings, or a step.
+    """
+    scheduler = build_schedule(options, optimizer, total_steps)
+    if scheduler is None or not options.custom_type:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer itself takes no step
+        for step in range(1, total_steps + 1):
+            try:
+                scheduler.step()
+            except REFUSALS as error:
+                where = f"--lr_scheduler_type {options.custom_type}"
+                what = f"cannot be used for step {step} of {total_steps}: {in_words(error)}"
+                raise UserError(what, where=where, remedy="see --lr_scheduler_args") from error
 
 
 def _custom_class(name: str) -> Any:

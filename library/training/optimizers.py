@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ def _adaptation(name: str) -> OptimizerKind:
 
 
 NESTEROV = {"momentum": 0.9, "nesterov": True}
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What classes of the user's choice raise about their settings."""
 
 OPTIMIZERS: Mapping[str, OptimizerKind] = {
     "AdamW": OptimizerKind(path="torch.optim.AdamW"),
@@ -137,12 +140,47 @@ def build_optimizer(
     Raises:
         UserError: the class refuses its settings, in its own words.
     """
-    own_rate = bool(settings.get("relative_step"))  # Adafactor with relative steps has no rate of its own
+    own_rate = chooses_its_rate(name, settings)
     groups = [{key: value for key, value in group.items() if not (own_rate and key == "lr")} for group in groups]
+    # The plan says so; bitsandbytes would put a line of its source on the screen, at the first step.
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     try:
         return optimizer_class(name)(groups, lr=None if own_rate else learning_rate, **settings)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} refuses its settings: {error}", where="--optimizer_args") from error
+    except REFUSALS as error:
+        where = f"--optimizer_type {name}"
+        raise UserError(f"refuses its settings: {in_words(error)}", where=where, remedy="see --optimizer_args") from error
+
+
+def rehearse_optimizer(name: str, learning_rate: float, settings: Mapping[str, Any]) -> None:
+    """Take a step on a small weight with a class that is not of the table; some need sparse gradients, or closures.
+
+    Raises:
+        UserError: it cannot train an adapter.
+    """
+    import torch
+
+    if optimizer_kind(name)[0] in OPTIMIZERS:
+        return
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optimizer = build_optimizer(name, [{"params": [parameter]}], learning_rate, settings)
+    try:
+        optimizer.step()
+    except REFUSALS as error:
+        where = f"--optimizer_type {name}"
+        raise UserError(
+            f"cannot train an adapter: {in_words(error)}", where=where, remedy="use AdamW, or another"
+        ) from error
+
+
+def in_words(error: Exception) -> str:
+    """What an exception of a library says, as part of a sentence; its kind where it says nothing."""
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def chooses_its_rate(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether learning rates have no effect: Adafactor with relative steps."""
+    return optimizer_kind(name)[0] == "Adafactor" and bool(settings.get("relative_step"))
 
 
 def is_schedule_free(name: str) -> bool:

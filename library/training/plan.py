@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from library.training.lr_schedules import steps_of
 from library.training.options import LengthOptions, TrainingOptions
 from library.training.saving import epochs_between_saves, final_file
 
@@ -73,6 +74,7 @@ class PlanFacts:
     dataset_lines: Sequence[str]
     network_lines: Sequence[str]
     rates: Mapping[str, float | None]
+    own_rate: bool
     optimizer: str
     device: str
 
@@ -107,18 +109,26 @@ def _length_lines(facts: PlanFacts) -> list[str]:
     accumulated = f" x {length.accumulation} micro-batches" if length.accumulation > 1 else ""
     whole, rest = divmod(length.steps, length.steps_per_epoch)
     epochs = " and ".join(filter(None, [counted(whole, "epoch") if whole else "", counted(rest, "step") if rest else ""]))
+    last = length.batches_per_epoch % length.accumulation
     return [
         f"{counted(length.steps, 'step')} of {shares}{batch} images{accumulated}: {epochs}; "
         f"{counted(length.steps_per_epoch, 'step')} in an epoch",
+        *([f"the last step of an epoch has {last} of them"] if last and length.accumulation > 1 else []),
         f"seed {facts.seed}",
     ]
 
 
 def _rate_lines(options: TrainingOptions, facts: PlanFacts) -> list[str]:
-    parts = [f"{part} {'frozen' if not rate else f'{rate:g}'}" for part, rate in facts.rates.items()]
+    shown = {part: f"{rate:g}" if rate else "frozen" for part, rate in facts.rates.items()}
+    if facts.own_rate:
+        shown = {part: "chosen by the optimizer" if rate else "frozen" for part, rate in facts.rates.items()}
+        return [", ".join(f"{part} {text}" for part, text in shown.items()), facts.optimizer]
+    parts = [f"{part} {text}" for part, text in shown.items()]
     schedule = options.schedule.custom_type or options.schedule.name
     if options.schedule.warmup:
-        schedule += f", warm-up {options.schedule.warmup:g}"
+        warmup = steps_of(options.schedule.warmup, facts.length.steps)
+        whole = ", which is the whole run" if warmup >= facts.length.steps else ""
+        schedule += f", warm-up {counted(warmup, 'step')}{whole}"
     return [", ".join(parts), f"{facts.optimizer}, {schedule}"]
 
 

@@ -14,9 +14,11 @@ import torch
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.dataset.dataset import Dataset, scan_dataset
 from library.devices import dtype_of
+from library.errors import UserError, attempt, raise_all
 from library.families.family import PredictionType
 from library.quiet import quiet_libraries
 from library.training import preparation as prepare
+from library.training.caption_lengths import cut_caption_notes
 from library.training.options import TrainingOptions
 from library.training.plan import PlanFacts, RunLength, run_length
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from library.generation.prompt_options import PromptLine
     from library.generation.requests import ImageRequest
 
 DENOISER_FACTOR = 8  # a U-Net of four levels halves a latent's sides three times
@@ -66,23 +69,21 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     """Check everything that can be checked without loading a model.
 
     Raises:
-        UserError: what is wrong with names, base model or dataset.
+        UserError: what is wrong with names, precision, base model, dataset and preview prompts, all at once.
     """
     quiet_libraries()
-    prepare.check_names(options)
-    accelerator = prepare.build_accelerator(options.compute, find_unused=prepare.adapters_may_rest(options))
-    base = open_base_model(
-        options.base.path,
-        vae_path=options.base.vae,
-        v2=options.base.v2,
-        v_parameterization=options.base.v_parameterization,
-    )
+    problems: list[UserError] = []
+    attempt(lambda: prepare.check_names(options), problems)
+    find_unused = prepare.adapters_may_rest(options)
+    accelerator = attempt(lambda: prepare.build_accelerator(options.compute, find_unused=find_unused), problems)
+    base = attempt(lambda: _open_base_model(options), problems)
+    dataset = attempt(lambda: _scan_dataset(options, base), problems)
+    preview_lines = attempt(lambda: _preview_lines(options), problems) or []
+    raise_all(problems)
+    assert accelerator is not None  # for the type checker: what is None here was a problem
+    assert base is not None
+    assert dataset is not None
     family, prediction_type = base.family, base.resolved_prediction_type
-    options.loss.check_prediction_type(prediction_type)
-    base.check_clip_skip(options.captions.clip_skip)
-    prepare.check_rates(options, len(family.text_encoder_prefixes))
-    factor = family.latent_factor
-    dataset = scan_dataset(options.dataset, latent_factor=factor, size_multiple=factor * DENOISER_FACTOR)
     seed = _common_seed(options, accelerator)
     return PlannedRun(
         options=options,
@@ -93,16 +94,43 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
         length=run_length(options.length, dataset.batches_per_epoch(accelerator.num_processes)),
         seed=seed,
         started_at=time.time(),
-        preview_requests=_preview_requests(options, family.default_resolution[prediction_type], seed),
+        preview_requests=_preview_requests(options, preview_lines, family.default_resolution[prediction_type], seed),
     )
 
 
-def _preview_requests(options: TrainingOptions, resolution: int, seed: int) -> list[ImageRequest]:
-    """The pictures of --sample_prompts; steps and scale as sd-scripts has them by default, the size the family's."""
+def _open_base_model(options: TrainingOptions) -> BaseModelFiles:
+    """The base model, and whether the options suit it."""
+    given = options.base
+    base = open_base_model(given.path, vae_path=given.vae, v2=given.v2, v_parameterization=given.v_parameterization)
+    problems: list[UserError] = []
+    attempt(lambda: options.loss.check_prediction_type(base.resolved_prediction_type), problems)
+    attempt(lambda: base.check_clip_skip(options.captions.clip_skip), problems)
+    attempt(lambda: prepare.check_rates(options, len(base.family.text_encoder_prefixes)), problems)
+    raise_all(problems)
+    return base
+
+
+def _scan_dataset(options: TrainingOptions, base: BaseModelFiles | None) -> Dataset:
+    """The dataset; without a base model as for the usual one, so that its mistakes are found along with the others."""
+    if base is None:
+        return scan_dataset(options.dataset)
+    factor = base.family.latent_factor
+    return scan_dataset(options.dataset, latent_factor=factor, size_multiple=factor * DENOISER_FACTOR)
+
+
+def _preview_lines(options: TrainingOptions) -> list[PromptLine]:
     if options.previews.prompts is None:
         return []
-    from library.generation.planning import ImageDefaults, preview_requests
     from library.generation.prompt_options import read_preview_prompts
+
+    return read_preview_prompts(options.previews.prompts)
+
+
+def _preview_requests(
+    options: TrainingOptions, lines: Sequence[PromptLine], resolution: int, seed: int
+) -> list[ImageRequest]:
+    """The pictures of --sample_prompts; steps and scale as sd-scripts has them by default, the size the family's."""
+    from library.generation.planning import ImageDefaults, preview_requests
 
     defaults = ImageDefaults(
         width=resolution,
@@ -112,7 +140,7 @@ def _preview_requests(options: TrainingOptions, resolution: int, seed: int) -> l
         sampler=options.previews.sampler,
         clip_skip=options.captions.clip_skip,
     )
-    return preview_requests(read_preview_prompts(options.previews.prompts), defaults, seed=seed)
+    return preview_requests(lines, defaults, seed=seed)
 
 
 def _common_seed(options: TrainingOptions, accelerator: Accelerator) -> int:
@@ -130,7 +158,7 @@ def skeleton_network(run: PlannedRun) -> Any:
     encoders = run.base.empty_text_encoders()
     unet: Any = run.base.empty_denoiser()
     network = attached_network(run, encoders, unet)
-    prepare.optimizer_groups(network, run.options)
+    prepare.rehearse(network, run.options, run.length.steps)
     return network
 
 
@@ -147,6 +175,8 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
     """What the plan tells beside the options."""
     from library.dataset.report import report_lines
 
+    own_rate = prepare.chooses_rate(run.options.optimizer)
+    (tokenizer,) = run.base.load_tokenizers()
     return PlanFacts(
         base_model=f"{run.base.name} ({run.base.family.title}), {run.base.path}",
         base_notes=run.base.notes(),
@@ -155,9 +185,18 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
         length=run.length,
         processes=run.accelerator.num_processes,
         batch_sizes=[settings.batch_size for settings in run.dataset.settings],
-        dataset_lines=report_lines(run.dataset, processes=run.accelerator.num_processes, epochs=run.length.epochs),
-        network_lines=prepare.network_lines(network, run.options.network),
+        dataset_lines=[
+            *report_lines(
+                run.dataset,
+                processes=run.accelerator.num_processes,
+                epochs=run.length.epochs,
+                cut_short=run.length.epoch_ended_by(run.length.steps) is None,
+            ),
+            *cut_caption_notes(run.dataset, tokenizer, run.options.captions),
+        ],
+        network_lines=prepare.network_lines(network, run.options.network, own_rate=own_rate),
         rates=prepare.part_rates(run.options.optimizer, run.options.network),
-        optimizer=run.options.optimizer.type,
+        own_rate=own_rate,
+        optimizer=prepare.optimizer_title(run.options.optimizer, run.accelerator.device.type),
         device=str(run.accelerator.device),
     )

@@ -1,7 +1,4 @@
-"""From options to everything the loop needs: checked, planned, and loaded one phase at a time.
-
-What is needed only for the caches (the VAE) is loaded, used and freed before the denoiser is loaded.
-"""
+"""The single steps from options to a run: checks of names and rates, the accelerator, the network and its optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from library.devices import best_device, compute_dtype
 from library.errors import UserError, attempt, raise_all
-from library.training.optimizers import build_optimizer, optimizer_class, optimizer_settings
+from library.training.lr_schedules import rehearse_schedule
+from library.training.optimizers import (
+    build_optimizer,
+    chooses_its_rate,
+    is_schedule_free,
+    optimizer_class,
+    optimizer_settings,
+    rehearse_optimizer,
+)
 from library.training.options import ComputeOptions, NetworkOptions, OptimizerOptions, TrainingOptions
 
 if TYPE_CHECKING:
@@ -57,7 +62,18 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
 
 def adapters_may_rest(options: TrainingOptions) -> bool:
     """Whether a step may pass without some adapter: its layer is dropped, or clip skip leaves it out."""
-    return options.captions.clip_skip not in (None, 1) or float(options.network.args.get("module_dropout", 0)) > 0
+    return options.captions.clip_skip not in (None, 1) or options.network.args.get("module_dropout", "0") != "0"
+
+
+def chooses_rate(options: OptimizerOptions) -> bool:
+    """Whether the optimizer finds its own rate, so that given ones mean nothing."""
+    return chooses_its_rate(options.type, optimizer_settings(options.type, options.args))
+
+
+def optimizer_title(options: OptimizerOptions, device: str) -> str:
+    """What the plan calls the optimizer."""
+    unpaged = options.type.lower().startswith("paged") and device == "cpu"
+    return f"{options.type} (not paged, as there is no GPU)" if unpaged else options.type
 
 
 def part_rates(options: OptimizerOptions, network: NetworkOptions) -> dict[str, float | None]:
@@ -144,6 +160,22 @@ def build_network_optimizer(network: Any, options: TrainingOptions) -> BuiltOpti
     return BuiltOptimizer(optimizer=optimizer, group_names=names, description=f"{kind.__module__}.{kind.__name__}({shown})")
 
 
+def rehearse(network: Any, options: TrainingOptions, total_steps: int) -> None:
+    """Do to a network without weights what is done to the real one, so that what refuses does so before any loading.
+
+    Raises:
+        UserError: from the file that training starts from, the optimizer or the schedule.
+    """
+    problems: list[UserError] = []
+    settings = optimizer_settings(options.optimizer.type, options.optimizer.args)
+    attempt(lambda: load_start_weights(network, options.network), problems)
+    attempt(lambda: rehearse_optimizer(options.optimizer.type, options.optimizer.learning_rate, settings), problems)
+    raise_all(problems)
+    built = build_network_optimizer(network, options)
+    if not is_schedule_free(options.optimizer.type):
+        rehearse_schedule(options.schedule, built.optimizer, total_steps)
+
+
 def load_start_weights(network: Any, options: NetworkOptions) -> None:
     """Load the adapter that training starts from, if there is one.
 
@@ -154,8 +186,12 @@ def load_start_weights(network: Any, options: NetworkOptions) -> None:
         network.load_weights(str(options.weights))
 
 
-def network_lines(network: Any, options: NetworkOptions) -> list[str]:
-    """What the plan says of the network: one line in all, and one for each part and block where they differ."""
+def network_lines(network: Any, options: NetworkOptions, *, own_rate: bool = False) -> list[str]:
+    """What the plan says of the network: one line in all, and one for each part and block where they differ.
+
+    Args:
+        own_rate: the optimizer chooses the rate, so those of the network mean nothing.
+    """
     total = sum(parameter.numel() for parameter in network.parameters())
     lines = [f"{options.module}, {total:,} parameters"]
     if not hasattr(network, "describe"):
@@ -168,7 +204,8 @@ def network_lines(network: Any, options: NetworkOptions) -> list[str]:
         alike = len({row.learning_rate for row in own}) == 1 and len(ranks) <= 2 and len(alphas) <= 2
         if own and alike:
             modules, parameters = sum(row.modules for row in own), sum(row.parameters for row in own)
-            lines.append(_row_text(title, modules, parameters, ranks, alphas, own[0].learning_rate))
+            rate = None if own_rate else own[0].learning_rate
+            lines.append(_row_text(title, modules, parameters, ranks, alphas, rate))
         else:
             lines += [
                 _row_text(
@@ -177,6 +214,14 @@ def network_lines(network: Any, options: NetworkOptions) -> list[str]:
                 for row in own
             ]
     return lines
+
+
+def network_rank(network: Any, options: NetworkOptions) -> int | None:
+    """The rank that a file is said to have: the one given, else the one most of its layers have."""
+    if options.dim is not None and not options.dim_from_weights:
+        return options.dim
+    ranks = [len(tensor) for name, tensor in network.state_dict().items() if name.endswith("lora_down.weight")]
+    return max(set(ranks), key=ranks.count) if ranks else options.dim
 
 
 def _row_text(

@@ -38,13 +38,14 @@ class Progress:
     def waited_for_data(self, seconds: float) -> None:
         self.waited += seconds
 
-    def update(self, step: int, loss: float, learning_rate: float) -> None:
-        """Show the state after `step` steps."""
+    def update(self, step: int, loss: float, learning_rate: float | None) -> None:
+        """Show the state after `step` steps; no rate where the optimizer finds its own."""
         if not self.shown:
             return
         epoch = min(self.total_epochs, (step - 1) // self.steps_per_epoch + 1)
         seconds = time.perf_counter() - self._started
-        shares = f"loss {loss:.4f}  lr {learning_rate:.3g}  waiting for data {self.waited / max(seconds, 1e-9):.0%}"
+        rate_text = "" if learning_rate is None else f"  lr {learning_rate:.3g}"
+        shares = f"loss {loss:.4f}{rate_text}  waiting for data {self.waited / max(seconds, 1e-9):.0%}"
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch}/{self.total_epochs}", refresh=False)
             self._bar.set_postfix_str(shares, refresh=False)

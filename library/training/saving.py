@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,10 @@ def check_output_folder(options: SavingOptions, needed_bytes: int) -> None:
         raise UserError("is a path", where=f"--output_name {options.output_name}", remedy="put folders in --output_dir")
 
 
+class SavingFailed(UserError):
+    """A file could not be written, which says nothing about the weights: the run may go on and try again."""
+
+
 @dataclass
 class RunFiles:
     """Writes the files of one run.
@@ -111,18 +116,40 @@ class RunFiles:
 
     def save_interrupted(self, step: int, epochs: int) -> Path:
         """Save what an interrupted run has reached, under the name of its step."""
-        return self._save(step_file(self.options, step), step, epochs)
+        return self._save_somewhere(step_file(self.options, step), step, epochs)
 
     def save_final(self, step: int, epochs: int) -> Path:
         """Save the result."""
-        return self._save(final_file(self.options), step, epochs)
+        return self._save_somewhere(final_file(self.options), step, epochs)
 
-    def _save(self, name: str, step: int, epochs: int) -> Path:
+    def _save_somewhere(self, name: str, step: int, epochs: int) -> Path:
+        """Save what nothing will save again; in the system's temporary folder where the output folder fails.
+
+        Raises:
+            SavingFailed: naming the file that was saved instead, if that worked.
+        """
+        try:
+            return self._save(name, step, epochs)
+        except SavingFailed as error:
+            try:
+                spare = self._save(name, step, epochs, folder=Path(tempfile.mkdtemp(prefix="trained_")))
+            except (UserError, OSError):
+                raise error from None
+            remedy = f"what was trained is saved as {spare} instead: move it to a folder that is kept"
+            raise SavingFailed(error.what, where=error.where, remedy=remedy) from error
+
+    def _save(self, name: str, step: int, epochs: int, *, folder: Path | None = None) -> Path:
         require_finite(self.network.state_dict(), name)
-        path = self.options.output_dir / name
+        path = (folder or self.options.output_dir) / name
         metadata = None if self.options.format != "safetensors" else dict(self.metadata_at(step, epochs))
-        self.network.save_weights(str(path), self.dtype, metadata)
-        verify_saved(path, self.network.state_dict(), self.dtype)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # it may be gone since the run began
+            self.network.save_weights(str(path), self.dtype, metadata)
+            verify_saved(path, self.network.state_dict(), self.dtype)
+        except UserError as error:
+            raise SavingFailed(error.what, where=error.where, remedy=error.remedy) from error
+        except OSError as error:
+            raise SavingFailed(f"could not be written ({error.strerror or error})", where=str(path)) from error
         self.written.append(path)
         return path
 

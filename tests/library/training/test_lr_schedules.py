@@ -7,7 +7,13 @@ import torch
 import transformers.optimization as reference
 
 from library.errors import UserError
-from library.training.lr_schedules import SCHEDULES, build_schedule, check_schedule, learning_rate_factor
+from library.training.lr_schedules import (
+    SCHEDULES,
+    build_schedule,
+    check_schedule,
+    learning_rate_factor,
+    rehearse_schedule,
+)
 from library.training.options import ScheduleOptions
 
 TOTAL, WARMUP = 40, 5
@@ -90,3 +96,36 @@ def test_a_class_of_torch_can_be_the_schedule():
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_pieces_that_are_missing_are_found_out_at_once():
+    with pytest.raises(UserError, match="piecewise_constant needs its pieces"):
+        check_schedule(ScheduleOptions(name="piecewise_constant", args={"step_rules": "x"}))
+
+
+def test_the_schedule_of_adafactor_needs_its_relative_steps():
+    check_schedule(ScheduleOptions(name="adafactor:1e-4"), relative_steps=True)
+    with pytest.raises(UserError, match="relative_step=True"):
+        check_schedule(ScheduleOptions(name="adafactor:1e-4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "sentence"),
+    [
+        ("ReduceLROnPlateau", {}, "cannot be used for step 1 of 40: .*metrics"),
+        ("OneCycleLR", {"max_lr": 1, "total_steps": 39}, "cannot be used for step 40 of 40"),
+        ("CosineAnnealingLR", {}, "refuses its settings: .*T_max"),
+        ("LRScheduler", {}, "refuses its settings: NotImplementedError"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_does_not_last_the_run_is_found_out_before_it(name, args, sentence):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError, match=f"--lr_scheduler_type {name}: {sentence}"):
+        rehearse_schedule(ScheduleOptions(custom_type=name, args=args), optimizer, TOTAL)
+
+
+def test_a_class_that_fits_the_run_passes():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = ScheduleOptions(custom_type="OneCycleLR", args={"max_lr": 1, "total_steps": TOTAL})
+    rehearse_schedule(options, optimizer, TOTAL)

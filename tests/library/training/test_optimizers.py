@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.training.optimizers import OPTIMIZERS, build_optimizer, optimizer_class, optimizer_kind, optimizer_settings
+from library.training.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    chooses_its_rate,
+    optimizer_class,
+    optimizer_kind,
+    optimizer_settings,
+    rehearse_optimizer,
+)
 
 INSTALLED = [name for name, kind in OPTIMIZERS.items() if importlib.util.find_spec(kind.path.split(".")[0])]
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", INSTALLED)
-def test_an_optimizer_changes_the_weights_it_is_given(name):
+def test_an_optimizer_changes_the_weights_it_is_given_and_warns_of_nothing(name):
     parameter = torch.nn.Parameter(torch.ones(64, 64))
     settings = optimizer_settings(name, {})
     optimizer = build_optimizer(name, [{"params": [parameter], "lr": 1e-2}], 1e-2, settings)
@@ -76,3 +84,26 @@ def test_an_unknown_optimizer_is_one_sentence(name, sentence):
 def test_a_setting_the_class_lacks_is_answered_with_the_near_one():
     with pytest.raises(UserError, match="has no setting 'weight_deca'; did you mean weight_decay"):
         optimizer_settings("AdamW", {"weight_deca": 0.1})
+
+
+@pytest.mark.parametrize("name", ["SparseAdam", "LBFGS"])
+def test_a_class_that_cannot_train_an_adapter_is_found_out_before_the_run(name):
+    with pytest.raises(UserError, match=f"--optimizer_type {name}: cannot train an adapter"):
+        rehearse_optimizer(name, 1e-2, {})
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+def test_a_rehearsal_lets_the_others_pass(name):
+    rehearse_optimizer(name, 1e-2, {})
+
+
+@pytest.mark.parametrize("settings", [{"betas": 2}, {"betas": (2, 3)}, {"fused": True, "foreach": True}])
+def test_settings_that_a_class_refuses_are_one_sentence(settings):
+    with pytest.raises(UserError, match="--optimizer_type AdamW: refuses its settings: .*; see --optimizer_args"):
+        build_optimizer("AdamW", [{"params": [torch.nn.Parameter(torch.zeros(2))]}], 0.1, settings)
+
+
+def test_adafactor_alone_chooses_its_rate_and_only_with_relative_steps():
+    assert chooses_its_rate("adafactor", {"relative_step": True})
+    assert not chooses_its_rate("adafactor", {"relative_step": False})
+    assert not chooses_its_rate("AdamW", {"relative_step": True})
