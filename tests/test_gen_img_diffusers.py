@@ -238,7 +238,7 @@ def test_every_mistake_in_files_and_folders_is_told_at_once_before_anything_is_l
         (("--network_module", "networks.lroa"), "did you mean networks.lora?"),
         (("--network_mul", 1, 2), "--network_mul 1.0 2.0: 2 for 1 adapters"),
         (("--network_args", "rank"), "'rank' has no value; write key=value"),
-        (("--scale", "nan"), "--scale nan: is not finite"),
+        (("--scale", "nan"), "--scale: 'nan' is not a finite number"),
         (("--promt", "a"), "did you mean prompt"),
         (("--clip_skip", 4), "--clip_skip 4: the text encoder has 3 layers; give 1 to 3"),
         (("--v2",), "leave out --v2"),

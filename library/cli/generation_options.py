@@ -281,9 +281,6 @@ def _out_of_range(parsed: ParsedOptions) -> list[UserError]:
         if value is not None and not least <= value <= most:
             allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
             problems.append(UserError("is out of range", where=parsed.where(name), remedy=f"give {allowed}"))
-    for name, values in (("scale", (parsed["scale"],)), ("network_mul", parsed["network_mul"] or ())):
-        if not all(map(math.isfinite, values)):
-            problems.append(UserError("is not finite", where=parsed.where(name), remedy="give a number"))
     return problems
 
 
