@@ -388,6 +388,8 @@ BAD = {
     "rate without end": ({"learning_rate": "inf"}, ["--learning_rate", "not a finite number"]),
     "noise that is no number": ({"noise_offset": "nan"}, ["--noise_offset", "not a finite number"]),
     "warm-up without end": ({"lr_warmup_steps": "inf"}, ["--lr_warmup_steps", "neither a whole number"]),
+    "name that is a path": ({"output_name": "a/b"}, ["--output_name a/b: is a path"]),
+    "thumbnail that is none": ({"metadata_thumbnail": "none.png"}, ["--metadata_thumbnail none.png: is neither"]),
     "fp16 on a CPU": ({"mixed_precision": "fp16"}, ["needs a GPU", "bf16"]),
 }
 
@@ -416,6 +418,18 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_training(train, tmp
     (tmp_path / "file").write_text("")
     finished, _ = train(output_dir=tmp_path / "file")
     assert_refused(finished, f"--output_dir {tmp_path / 'file'}: is a file")
+
+
+def test_curves_that_cannot_be_written_are_found_out_before_training(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    finished, _ = train("--logging_dir", tmp_path / "file" / "logs")
+    assert_refused(finished, f"--logging_dir {tmp_path / 'file' / 'logs'}: cannot be written to")
+    assert "step 1" not in finished.out
+
+
+def test_a_configuration_that_cannot_be_written_is_one_sentence(train, tmp_path):
+    finished, _ = train("--output_config", "--config_file", tmp_path / "none" / "here.toml")
+    assert_refused(finished, "here.toml", "does not exist")
 
 
 def test_help_answers_without_importing_torch():

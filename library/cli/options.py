@@ -235,7 +235,9 @@ def read_config_file(path: Path, options: Mapping[str, Option], problems: list[U
         return {}
     values: dict[str, Any] = {}
     for key, raw in _flattened(content, where, problems):
-        if key not in options or key == "config_file":
+        if key == "config_file":
+            problems.append(UserError("a configuration file names no other", where=where, remedy="take config_file out"))
+        elif key not in options:
             problems.append(UserError(f"unknown option {key!r}", where=where, remedy=near_names(key, options)))
         elif key in values:
             problems.append(UserError(f"{key!r} stands in two sections", where=where, remedy="keep one of them"))

@@ -5,6 +5,7 @@ What can be judged from the command line alone is judged here, all at once; what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,12 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
         "name an adapter file",
     )
     refuse(
+        re.search(r"[/\\]", parsed["output_name"] or ""),
+        "is a path",
+        f"--output_name {parsed['output_name']}",
+        "put folders in --output_dir",
+    )
+    refuse(
         parsed["output_config"] and not parsed["config_file"], "writes to --config_file", "--output_config", "name the file"
     )
     return problems
@@ -253,6 +260,10 @@ def _compute(parsed: ParsedOptions) -> ComputeOptions:
 
 
 def _saving(parsed: ParsedOptions) -> SavingOptions:
+    from library.training.metadata import thumbnail_url
+
+    if parsed["metadata_thumbnail"]:
+        thumbnail_url(parsed["metadata_thumbnail"])
     fields = [name for name in parsed.values if name.startswith("metadata_")]
     return SavingOptions(
         output_dir=Path(parsed["output_dir"] or "."),
@@ -344,6 +355,8 @@ def write_config(parsed: ParsedOptions) -> int:
     """
     import toml
 
+    from library.checkpoints.atomic import atomic_write
+
     raise_all(_contradictions(parsed))
     path = Path(parsed["config_file"]).with_suffix(".toml")
     if path.exists():
@@ -352,6 +365,7 @@ def write_config(parsed: ParsedOptions) -> int:
         name: parsed[name] for name in parsed.values if parsed.given(name) and name not in ("config_file", "output_config")
     }
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    path.write_text(toml.dumps(plain), encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(toml.dumps(plain).encode())
     print(f"wrote {len(plain)} options to {path}")
     return 0

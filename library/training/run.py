@@ -10,7 +10,7 @@ from library.training.options import TrainingOptions
 from library.training.plan import plan_text
 from library.training.planning import PlannedRun, plan_facts, plan_run, skeleton_network
 from library.training.progress import clock
-from library.training.saving import check_output_folder
+from library.training.saving import check_output_folder, make_writable_folder
 from library.training.trainer import LoopParts, Outcome, run_loop
 
 
@@ -34,6 +34,8 @@ def run_training(options: TrainingOptions) -> int:
     if options.plan_only:
         return 0
     check_output_folder(options.saving, sum(parameter.numel() * 4 for parameter in skeleton.parameters()))
+    if options.logging.folder and run.accelerator.is_main_process:
+        make_writable_folder(options.logging.folder, f"--logging_dir {options.logging.folder}")
     del skeleton
     run, latents = with_latents(run)
     parts = build_loop(run, latents)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,10 +41,22 @@ def check_output_folder(options: SavingOptions, needed_bytes: int) -> None:
         UserError: the folder cannot be made, is a file, or has no right or no room to write.
     """
     import shutil
-    import tempfile
 
     folder = options.output_dir
     where = f"--output_dir {folder}"
+    make_writable_folder(folder, where)
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        sizes = f"{free / 2**20:.0f} MiB are free and one file needs about {needed_bytes / 2**20:.0f} MiB"
+        raise UserError(f"has no room: {sizes}", where=where, remedy="make room or name another folder")
+
+
+def make_writable_folder(folder: Path, where: str) -> None:
+    """Make a folder if it is missing, and try whether files can be written in it.
+
+    Raises:
+        UserError: it cannot be made, is a file, or has no right to write.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -54,12 +65,6 @@ def check_output_folder(options: SavingOptions, needed_bytes: int) -> None:
         raise UserError("is a file, not a folder", where=where, remedy="name another folder") from None
     except OSError as error:
         raise UserError(f"cannot be written to ({error.strerror})", where=where, remedy="name another folder") from None
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        sizes = f"{free / 2**20:.0f} MiB are free and one file needs about {needed_bytes / 2**20:.0f} MiB"
-        raise UserError(f"has no room: {sizes}", where=where, remedy="make room or name another folder")
-    if re.search(r"[/\\]", options.output_name or ""):
-        raise UserError("is a path", where=f"--output_name {options.output_name}", remedy="put folders in --output_dir")
 
 
 class SavingFailed(UserError):
