@@ -6,9 +6,11 @@ bit for bit, workers may live through all epochs, and a run can begin anywhere.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -232,11 +234,25 @@ def load_batches(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     for batch in loader:
         if isinstance(batch, _Failure):
             raise UserError(batch.what, where=batch.where, remedy=batch.remedy)
         yield batch
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker live on when Ctrl-C or SIGTERM goes to the whole process group: the trainer still ends its step.
+
+    A second SIGTERM ends it; that is how Python clears up processes that are left at its exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _once)
+
+
+def _once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 class _Failure(NamedTuple):

@@ -12,7 +12,7 @@ from library.dataset.buckets import Size
 from library.dataset.captions import process_caption, tag_frequency
 from library.dataset.dataset import Dataset, DatasetImage
 from library.dataset.options import DatasetSettings, SubsetSettings
-from library.dataset.scan import some_names
+from library.errors import some_names
 from library.streams import python_stream
 
 BYTES_PER_LATENT = 2 * 4 * 4  # mean and spread, 4 channels, fp32

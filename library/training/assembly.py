@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.dataset.batches import Batch, BatchAddress, TrainingBatches, load_batches
+from library.dataset.batches import Batch, TrainingBatches, epoch_addresses, load_batches
 from library.dataset.caches import LatentCache, build_latent_cache, encode_posterior
 from library.dataset.report import dataset_metadata, sample_counts
 from library.devices import dtype_of, use_xformers
@@ -179,7 +179,15 @@ def _batches(run: PlannedRun, latents: LatentCache | None) -> Iterator[Batch]:
         latent_channels=run.base.family.latent_channels,
         max_train_steps=run.length.steps,
     )
-    addresses = [BatchAddress(epoch + 1, place, step) for step, epoch, place in run.length.micro_batches()]
+    length = run.length
+    addresses = [
+        address
+        for epoch in range(1, length.epochs + 1)
+        for address in epoch_addresses(
+            run.dataset, epoch, processes=accelerator.num_processes, accumulation=length.accumulation
+        )
+        if address.step < length.steps
+    ]
     workers = prepare.data_workers(options.compute.data_workers)
     return load_batches(batches, addresses, workers=workers, pin_memory=accelerator.device.type == "cuda")
 

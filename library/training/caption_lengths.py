@@ -8,7 +8,7 @@ from typing import Any
 
 from library.dataset.captions import CaptionSettings
 from library.dataset.dataset import Dataset
-from library.dataset.scan import some_names
+from library.errors import some_names
 from library.training.options import CaptionEncodingOptions
 
 CHUNK_LIMITS = (75, 150, 225)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from library.training.lr_schedules import steps_of
@@ -45,12 +45,6 @@ class RunLength:
     def epoch_ended_by(self, step: int) -> int | None:
         """The epoch, counted from 1, that is over after `step` steps; None within one."""
         return step // self.steps_per_epoch if step % self.steps_per_epoch == 0 else None
-
-    def micro_batches(self) -> Iterator[tuple[int, int, int]]:
-        """(step, epoch, place in the epoch) of every micro-batch of the run, all counted from 0."""
-        for step in range(self.steps):
-            for place in self.batches_of(step):
-                yield step, self.epoch_of(step), place
 
 
 def run_length(options: LengthOptions, batches_per_epoch: int) -> RunLength:

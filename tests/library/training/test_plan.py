@@ -29,7 +29,7 @@ def test_a_run_may_end_within_an_epoch():
     length = RunLength(batches_per_epoch=4, accumulation=1, steps=10)
     assert length.epochs == 3
     assert [length.epoch_ended_by(step) for step in (3, 4, 8, 10)] == [None, 1, 2, None]
-    assert [place for *_, place in length.micro_batches()] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert [list(length.batches_of(step)) for step in (3, 4, 9)] == [[3], [0], [1]]
 
 
 @pytest.mark.parametrize(("ratio", "epochs", "every"), [(3, 10, 3), (20, 10, 1), (1, 10, 10)])
