@@ -329,7 +329,8 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, tmp_p
     assert difference(single, tmp_path / "double") < (1e-6 if optimizer == "SGD" else 1e-3)
 
 
-def test_ctrl_c_ends_the_step_and_saves_the_work(tmp_path, tiny_sd1_folder, dataset):
+@pytest.mark.parametrize(("sent", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
+def test_a_signal_to_all_processes_ends_the_step_and_saves_the_work(tmp_path, tiny_sd1_folder, dataset, sent, name, status):
     arguments = [
         *("--pretrained_model_name_or_path", tiny_sd1_folder, "--dataset_config", dataset, "--output_dir", tmp_path / "out"),
         *("--output_name", "mine", "--network_module", "networks.lora", "--learning_rate", "1e-3"),
@@ -348,12 +349,12 @@ def test_ctrl_c_ends_the_step_and_saves_the_work(tmp_path, tiny_sd1_folder, data
     for line in process.stdout:
         if line.startswith("step 1/"):
             break
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    assert process.returncode == status, out + err
     assert "Traceback" not in err
     (saved,) = (tmp_path / "out").iterdir()
-    assert f"stopped by Ctrl-C; saved {saved}" in out
+    assert f"stopped by {name}; saved {saved}" in out
     assert saved.name.startswith("mine-step")
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
