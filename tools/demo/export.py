@@ -74,10 +74,13 @@ def write_base(folder: Path, *, vae: AutoencoderKL, model: Denoiser, used: Tenso
     write_weights(folder / "text_encoder" / "model.safetensors", half_weights(text_encoder, prefix))
     # transformers computes in the type named here, diffusers in fp32 whatever the file holds; they must agree.
     config = text_encoder.config.to_dict() | {"architectures": ["CLIPTextModel"], "dtype": "float32"}
+    config.pop("_name_or_path", None)
     write_json(folder / "text_encoder" / "config.json", config)
     for name, part in (("vae", vae), ("unet", model.unet)):
         write_weights(folder / name / "diffusion_pytorch_model.safetensors", half_weights(part))
-        config = {key: value for key, value in part.config.items() if key != "_name_or_path"}
+        # diffusers notes here where a part came from and, in random order, which settings were left at their defaults.
+        notes = ("_name_or_path", "_use_default_values")
+        config = {key: value for key, value in part.config.items() if key not in notes}
         write_json(folder / name / "config.json", config)
 
 
