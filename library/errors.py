@@ -87,3 +87,8 @@ def near_names(name: str, known: Iterable[str]) -> str:
         near = sorted(near, key=lambda match: -likeness[match])[:3]
         return f"did you mean {' or '.join(by_lower[match] for match in near)}?"
     return f"known are {', '.join(sorted(by_lower.values(), key=str.lower))}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from library.dataset.buckets import BucketSettings, Fit, Size, TooSmallError, fit_image, predefined_sizes
 from library.dataset.options import DatasetOptions, DatasetSettings, SubsetSettings
-from library.errors import UserError, raise_all
+from library.errors import UserError, counted, raise_all
 from library.streams import python_stream
 
 SHOWN_BAD_IMAGES = 50
@@ -252,7 +252,7 @@ def bad_image_problems(bad_images: Sequence[tuple[Path, str]]) -> list[UserError
     problems = [UserError(reason, where=str(path)) for path, reason in bad_images[:SHOWN_BAD_IMAGES]]
     if bad_images:
         rest = len(bad_images) - len(problems)
-        what = f"{len(bad_images)} images cannot be used{f' ({rest} more than are named here)' if rest else ''}"
+        what = f"{counted(len(bad_images), 'image')} cannot be used{f' ({rest} more than are named here)' if rest else ''}"
         problems.append(UserError(what, remedy="repair or remove them, or leave them out with --on_bad_image skip"))
     return problems
 

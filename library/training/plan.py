@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from library.errors import counted
 from library.training.lr_schedules import steps_of
 from library.training.options import LengthOptions, TrainingOptions
 from library.training.saving import epochs_between_saves, final_file
@@ -91,11 +92,6 @@ def plan_text(options: TrainingOptions, facts: PlanFacts) -> str:
     return "\n".join(lines)
 
 
-def counted(number: int, noun: str) -> str:
-    """ "1 step", "2 steps"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _length_lines(facts: PlanFacts) -> list[str]:
     length, sizes = facts.length, sorted(set(facts.batch_sizes))
     batch = "/".join(map(str, sizes))
@@ -135,7 +131,8 @@ def _compute_line(options: TrainingOptions, facts: PlanFacts) -> str:
 
 def _saving_lines(options: TrainingOptions, facts: PlanFacts) -> list[str]:
     saving = options.saving
-    lines = [str(saving.output_dir / final_file(saving))]
+    final = saving.output_dir / final_file(saving)
+    lines = [f"{final}{', in place of the file that is there' if final.exists() else ''}"]
     every_epochs = epochs_between_saves(saving, facts.length.epochs)
     if every_epochs:
         lines.append(f"and one every {counted(every_epochs, 'epoch')}")
