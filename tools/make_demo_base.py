@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the small text-to-image model that the demo uses, from nothing: drawings, training, check.
 
-    python tools/make_demo_base.py draw vae unet sharpen export check concept --work /tmp/demo
+    python tools/make_demo_base.py draw vae unet sharpen export check concept --work demo_work
 
 Stages run in the order given, each from what the earlier ones left in the work folder:
   draw     captioned drawings for training
@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))
+    from library.quiet import quiet_libraries
+
+    quiet_libraries()
     from tools.demo import stages  # torch is imported behind this line, not by --help
 
     settings = {name: value for name, value in vars(options).items() if name != "stages"}

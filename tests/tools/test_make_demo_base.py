@@ -72,10 +72,14 @@ def test_likeness_separates_the_mascot_from_other_drawings() -> None:
     assert mascot.concept_likeness(list(others)) < 0.1
 
 
-def test_concept_folder_is_what_the_program_draws(tmp_path: Path) -> None:
-    assert mascot.write_concept(tmp_path) == len(list(CONCEPT.glob("*.png")))
+@pytest.mark.parametrize(
+    ("write", "shipped"),
+    [(mascot.write_concept, CONCEPT), (drawings.write_regularisation, CONCEPT.with_name("regularisation"))],
+)
+def test_shipped_images_are_what_the_program_draws(write, shipped: Path, tmp_path: Path) -> None:
+    assert write(tmp_path) == len(list(shipped.glob("*.png")))
     for file in sorted(tmp_path.glob("*.txt")):
-        assert file.read_text() == (CONCEPT / file.name).read_text()
+        assert file.read_text() == (shipped / file.name).read_text()
 
 
 def test_model_folder_is_small_and_complete(pipeline) -> None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
+
+from library.streams import python_stream
 
 SIZE = 64
 OVERSAMPLING = 4
@@ -406,3 +410,19 @@ def contact_sheet(pictures: np.ndarray, columns: int, scale: int = 3) -> np.ndar
     grid = np.concatenate([padded, blank]).reshape(rows, columns, *padded.shape[1:])
     sheet = grid.transpose(0, 2, 1, 3, 4).reshape(rows * padded.shape[1], columns * padded.shape[2], 3)
     return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def write_regularisation(folder: Path) -> int:
+    """One large drawing of every shape with its caption, which keep the shapes as they are in the demo's training.
+
+    Returns:
+        How many were written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, shape in enumerate(SHAPES, start=1):
+        colour, background = python_stream(1, "regularisation", number).sample(list(COLOURS), 2)
+        scene = Scene(things=(Thing(shape=shape, colour=colour, radius=22.5, size_word="large"),), background=background)
+        stem = folder / f"{number:02d}_{shape}"
+        Image.fromarray(render(scene)).save(stem.with_suffix(".png"), optimize=True)
+        stem.with_suffix(".txt").write_text(caption(scene) + "\n")
+    return len(SHAPES)

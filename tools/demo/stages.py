@@ -172,8 +172,10 @@ def check(settings: Settings) -> None:
 
 
 def concept(settings: Settings) -> None:
-    """Draw the mascot's training images."""
+    """Draw the mascot's training images, and the drawings that keep the model's shapes while it learns the mascot."""
+    regularisation = settings.concept_dir.with_name("regularisation")
     print(f"{settings.concept_dir}: {mascot.write_concept(settings.concept_dir)} images with captions")
+    print(f"{regularisation}: {drawings.write_regularisation(regularisation)} images with captions")
 
 
 STAGES: dict[str, Callable[[Settings], None]] = {
