@@ -30,6 +30,7 @@ def page_name(path):
 def test_every_option_that_is_named_exists(path):
     ours = (option for groups in OF_OUR_SCRIPTS for option in all_options(groups))
     known = {*ours, *PREVIEW_OPTIONS, *OF_OTHER_PROGRAMS}
+    known |= {name for file in (ROOT / "benchmarks").glob("*.py") for name in re.findall(r'"--(\w+)"', file.read_text())}
     named = set(re.findall(r"(?<![\w-])--([A-Za-z][\w]*)", path.read_text(encoding="utf-8")))
     assert named <= known
 

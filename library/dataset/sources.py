@@ -95,6 +95,7 @@ def _from_file(options: DatasetOptions, fallbacks: dict[str, Any], findings: Fin
     if file is None:
         raise_all(findings.problems)
         return []
+    _note_overridden(options, file, findings)
     datasets = []
     for number, table in enumerate(file.datasets, start=1):
         where = schema.place(path, number)
@@ -108,6 +109,20 @@ def _from_file(options: DatasetOptions, fallbacks: dict[str, Any], findings: Fin
         _note_idle_keys(levels, where, findings)
         datasets.append(_dataset(levels, where, _without_doubles(subsets, findings), findings))
     return datasets
+
+
+def _note_overridden(options: DatasetOptions, file: schema.DatasetFile, findings: Findings) -> None:
+    """Name options of the command line that the file sets everywhere, so that they reach nothing."""
+    defaults = DatasetOptions()
+    for key in schema.CommandLine.model_fields:
+        option = schema.COMMAND_LINE_NAMES.get(key, key)
+        if getattr(options, option, None) == getattr(defaults, option, None):
+            continue
+        everywhere = key in file.general.given() or all(
+            key in table.given() or all(key in subset.given() for subset in table.subsets) for table in file.datasets
+        )
+        if everywhere:
+            findings.notice(f"--{option}", f"not used, because the dataset file sets {key} everywhere")
 
 
 def _from_metadata(options: DatasetOptions, fallbacks: dict[str, Any], findings: Findings) -> DatasetSettings:

@@ -120,9 +120,15 @@ def create_network(options: NetworkOptions, text_encoders: Sequence[nn.Module], 
         settings = dict(options.args) | ({} if options.dropout is None else {"dropout": options.dropout})
         network, _ = module.create_network_from_weights(1, str(options.weights), None, encoder, unet, **settings)
         return network
-    return module.create_network(
-        1.0, options.dim, options.alpha, None, encoder, unet, neuron_dropout=options.dropout, **options.args
-    )
+    try:
+        return module.create_network(
+            1.0, options.dim, options.alpha, None, encoder, unet, neuron_dropout=options.dropout, **options.args
+        )
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if module.__name__.startswith("networks."):
+            raise
+        where = f"--network_module {options.module}"
+        raise UserError(f"makes no network for this base model ({type(error).__name__}: {error})", where=where) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,3 +195,13 @@ def test_no_source_at_all_is_a_sentence():
 def test_sources_that_the_dataset_file_replaces_are_named(tmp_path):
     _, notices = settings_of(tmp_path, levels(tmp_path), train_data_dir=tmp_path)
     assert notices == ["--train_data_dir: not used, because --dataset_config names the data"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [({}, False), ({"general": "keep_tokens = 2"}, True), ({"subset": "keep_tokens = 2"}, True)],
+)
+def test_an_option_that_the_file_sets_everywhere_is_named(tmp_path, tables, said):
+    (_, notices) = settings_of(tmp_path, levels(tmp_path, **tables), keep_tokens=1)
+    sentence = "--keep_tokens: not used, because the dataset file sets keep_tokens everywhere"
+    assert (sentence in notices) == said
