@@ -37,7 +37,7 @@ def resolve_network_module(name: str) -> str:
 
 
 def _known() -> str:
-    return f"known are {', '.join(NETWORK_MODULES)}, and modules of other packages with the same interface (lycoris.kohya)"
+    return f"known are {', '.join(NETWORK_MODULES)}, and modules of other packages with the same interface"
 
 
 def _exists(name: str) -> bool:
