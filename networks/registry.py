@@ -7,9 +7,10 @@ import importlib.util
 from types import ModuleType
 
 from library.errors import UserError, near_names
+from networks.core.algorithms import ALGORITHMS
 
 NETWORK_MODULES: dict[str, str] = {
-    "networks.lora": "LoRA on Linear and 1x1 layers (LierLa), with conv_dim also on 3x3 convolutions (C3Lier)",
+    entry.place.partition(":")[0]: entry.title for entry in ALGORITHMS.values() if entry.place.endswith(":ALGORITHM")
 }
 """Our own modules and what they are, for sentences and help."""
 

@@ -129,7 +129,7 @@ LAWS: dict[Law, str] = {  # each with a source that breaks it, so that none pass
     long_chains: "if k == 'a': f()\n" + "".join(f"elif k == '{letter}': f()\n" for letter in "bcde"),
 }
 # Drop-out draws from torch's own state on purpose: gradient checkpointing restores that state when it recomputes a layer.
-ALLOWED = {("networks/lora.py", "global_randomness")}
+ALLOWED = {("networks/core/adapter.py", "global_randomness")}
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from library.devices import best_device, compute_dtype
@@ -22,6 +22,8 @@ from library.training.options import ComputeOptions, NetworkOptions, OptimizerOp
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+
+    from networks.core.summary import GroupSummary
 
 
 def check_names(options: TrainingOptions) -> None:
@@ -205,37 +207,53 @@ def network_lines(network: Any, options: NetworkOptions, *, own_rate: bool = Fal
     rows = network.describe()
     for part, title in (("text_encoder", "text encoder"), ("denoiser", "U-Net")):
         own = [row for row in rows if row.part == part]
-        ranks = tuple(sorted({rank for row in own for rank in row.ranks}))
-        alphas = tuple(sorted({alpha for row in own for alpha in row.alphas}))
-        alike = len({row.learning_rate for row in own}) == 1 and len(ranks) <= 2 and len(alphas) <= 2
-        if own and alike:
-            modules, parameters = sum(row.modules for row in own), sum(row.parameters for row in own)
-            rate = None if own_rate else own[0].learning_rate
-            lines.append(_row_text(title, modules, parameters, ranks, alphas, rate))
-        else:
-            lines += [
-                _row_text(
-                    f"{title} block {row.block}", row.modules, row.parameters, row.ranks, row.alphas, row.learning_rate
-                )
-                for row in own
-            ]
+        whole = [_summed(own)] if own else []
+        alike = whole and len(whole[0].learning_rates) <= 1 and max(len(whole[0].ranks), len(whole[0].alphas)) <= 2
+        for row in whole if alike else own:
+            place = title if alike or row.block is None else f"{title} block {row.block}"
+            lines.append(f"{place}: {_row_text(row, own_rate=own_rate)}")
     return lines
+
+
+def _summed(rows: Sequence[GroupSummary]) -> GroupSummary:
+    """One row for all blocks of a part."""
+
+    def union(name: str) -> tuple[Any, ...]:
+        return tuple(sorted({value for row in rows for value in getattr(row, name)}))
+
+    return replace(
+        rows[0],
+        block=None,
+        modules=sum(row.modules for row in rows),
+        parameters=sum(row.parameters for row in rows),
+        algorithms=union("algorithms"),
+        ranks=union("ranks"),
+        alphas=union("alphas"),
+        learning_rates=union("learning_rates"),
+    )
+
+
+def _row_text(row: GroupSummary, *, own_rate: bool) -> str:
+    def listed(values: Sequence[float]) -> str:
+        return "/".join(f"{value:g}" for value in values)
+
+    facts = [f"{row.modules} modules of {'/'.join(row.algorithms)}"]
+    facts += [f"rank {listed(row.ranks)}"] if row.ranks else []
+    facts += [f"alpha {listed(row.alphas)}"] if row.alphas else []
+    facts.append(f"{row.parameters:,} parameters")
+    if row.learning_rates and not own_rate:
+        facts.append(f"rate {listed(row.learning_rates)}" if any(row.learning_rates) else "frozen")
+    return ", ".join(facts)
 
 
 def network_rank(network: Any, options: NetworkOptions) -> int | None:
     """The rank that a file is said to have: the one given, else the one most of its layers have."""
     if options.dim is not None and not options.dim_from_weights:
         return options.dim
-    ranks = [len(tensor) for name, tensor in network.state_dict().items() if name.endswith("lora_down.weight")]
+    if not hasattr(network, "items"):
+        return options.dim
+    ranks = [adapter.rank for _, adapter in network.items() if adapter.rank]
     return max(set(ranks), key=ranks.count) if ranks else options.dim
-
-
-def _row_text(
-    title: str, modules: int, parameters: int, ranks: Sequence[float], alphas: Sequence[float], rate: float | None
-) -> str:
-    rank, alpha = ("/".join(f"{value:g}" for value in values) for values in (ranks, alphas))
-    rate_text = "" if rate is None else f", rate {rate:g}" if rate else ", frozen"
-    return f"{title}: {modules} modules, rank {rank}, alpha {alpha}, {parameters:,} parameters{rate_text}"
 
 
 def data_workers(wanted: int) -> int:

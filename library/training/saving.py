@@ -144,13 +144,14 @@ class RunFiles:
             raise SavingFailed(error.what, where=error.where, remedy=remedy) from error
 
     def _save(self, name: str, step: int, epochs: int, *, folder: Path | None = None) -> Path:
-        require_finite(self.network.state_dict(), name)
+        tensors = tensors_to_save(self.network)
+        require_finite(tensors, name)
         path = (folder or self.options.output_dir) / name
         metadata = None if self.options.format != "safetensors" else dict(self.metadata_at(step, epochs))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # it may be gone since the run began
             self.network.save_weights(str(path), self.dtype, metadata)
-            verify_saved(path, self.network.state_dict(), self.dtype)
+            verify_saved(path, tensors, self.dtype)
         except UserError as error:
             raise SavingFailed(error.what, where=error.where, remedy=error.remedy) from error
         except OSError as error:
@@ -163,6 +164,12 @@ class RunFiles:
         if path in self.written:
             path.unlink(missing_ok=True)
             self.written.remove(path)
+
+
+def tensors_to_save(network: Any) -> Mapping[str, Any]:
+    """What a file of the network should hold; a third-party module's `state_dict` is the nearest thing to it."""
+    tensors: Mapping[str, Any] = network.file_tensors() if hasattr(network, "file_tensors") else network.state_dict()
+    return tensors
 
 
 def require_finite(state: Mapping[str, Any], name: str) -> None:

@@ -108,6 +108,8 @@ def train_step(parts: LoopParts, step: int) -> tuple[Tensor, Tensor]:
     divisor = parts.divisor_of(step)
     places = parts.length.batches_of(step)
     total = torch.zeros((), device=accelerator.device)
+    if hasattr(parts.network, "begin_step"):
+        parts.network.begin_step(parts.seed, step)
     if hasattr(parts.network, "on_step_start"):
         parts.network.on_step_start()
     for place in places:

@@ -86,6 +86,22 @@ def rank(text: str, name: str) -> int:
     return int(value)
 
 
+def rank_or_none(text: str, name: str) -> int:
+    """A whole number of 0 or more; 0 stands for no adapter."""
+    value = number(text, name)
+    if value != int(value) or value < 0:
+        raise _wrong(text, name, "a whole number of 0 or more")
+    return int(value)
+
+
+def flag(text: str, name: str) -> bool:
+    """True or False, in any spelling of the field."""
+    word = text.strip().lower()
+    if word not in ("true", "false", "1", "0", "yes", "no"):
+        raise _wrong(text, name, "True or False")
+    return word in ("true", "1", "yes")
+
+
 def probability(text: str, name: str) -> float:
     """A share from 0 up to, but not including, 1."""
     value = number(text, name)
@@ -109,8 +125,4 @@ def as_is(text: str, name: str) -> str:
 
 def ranks(text: str, name: str) -> tuple[int, ...]:
     """Whole numbers of 0 or more between commas; 0 stands for no adapter."""
-    values = numbers(text, name)
-    for value in values:
-        if value != int(value) or value < 0:
-            raise _wrong(f"{value:g}", name, "a whole number of 0 or more")
-    return tuple(map(int, values))
+    return tuple(rank_or_none(part.strip(), name) for part in text.split(","))

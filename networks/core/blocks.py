@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from library.errors import UserError, near_names
 from networks.core.adapter import LayerSpec
 from networks.core.arguments import numbers
+from networks.core.selection import Rule, first_setting
 from networks.core.targets import Target
 
 _PRESETS: dict[str, Callable[[float], float]] = {
@@ -88,6 +89,8 @@ class RankPlan:
         conv_dim, conv_alpha: of larger kernels; None leaves them out.
         block_dims, block_alphas, conv_block_dims, conv_block_alphas: the same by U-Net block, where given.
         lr_weights: learning-rate weight by block; a block with 0 gets no adapter.
+        rules: ranks and alphas by pattern, which come before all of these; layers with rank or learning rate 0 get no
+            adapter.
     """
 
     dim: int = 4
@@ -99,6 +102,7 @@ class RankPlan:
     conv_block_dims: Sequence[int] | None = None
     conv_block_alphas: Sequence[float] | None = None
     lr_weights: Sequence[float] | None = None
+    rules: Sequence[Rule] = ()
 
     @property
     def with_convolutions(self) -> bool:
@@ -108,8 +112,11 @@ class RankPlan:
     def of(self, target: Target) -> tuple[int, float] | None:
         """Rank and alpha of one layer, or None where it gets no adapter."""
         rank, alpha = self._of_kind(target.spec, target.block)
+        ruled_rank, ruled_alpha, rate = (first_setting(self.rules, target, name) for name in ("rank", "alpha", "rate"))
+        rank = rank if ruled_rank is None else ruled_rank
+        alpha = alpha if ruled_alpha is None else ruled_alpha
         trained = self.lr_weights is None or target.block is None or self.lr_weights[target.block] > 0
-        return (rank, alpha or float(rank)) if rank and trained else None
+        return (rank, alpha or float(rank)) if rank and trained and rate != 0 else None
 
     def _of_kind(self, spec: LayerSpec, block: int | None) -> tuple[int, float]:
         if spec.is_wide:

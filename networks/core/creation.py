@@ -1,11 +1,13 @@
-"""From what the user gives to a network: the steps that `create_network` of every algorithm shares.
+"""From what the user gives to a network: `create_network` and `create_network_from_weights` of every network module.
 
-An algorithm adds its own arguments to the tables here and says how one adapter is made.
+An algorithm's file declares an `Algorithm` and binds these two to its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.families.family import ModelFamily
 from library.streams import torch_stream
 from networks.core import arguments, files
-from networks.core.adapter import Adapter, LayerSpec
+from networks.core.adapter import Adapter
+from networks.core.algorithms import Algorithm, algorithm, algorithm_of
 from networks.core.arguments import Parser
 from networks.core.blocks import RankPlan, all_learning_rate_weights, block_values
 from networks.core.groups import RateFactors
 from networks.core.keys import to_kohya
 from networks.core.network import AdapterNetwork
-from networks.core.targets import family_of_models, find_targets
+from networks.core.selection import SELECTION_ARGUMENTS, Rule, Selection, first_setting, read_selection
+from networks.core.targets import Target, family_of_models, model_layers
+
+logger = logging.getLogger(__name__)
 
 Models = nn.Module | Sequence[nn.Module] | None
 
@@ -50,9 +55,12 @@ RANK_ARGUMENTS: dict[str, Parser] = {
 START_ARGUMENTS: dict[str, Parser] = {"seed": arguments.whole_number}
 """Where the initial values come from."""
 
+SCALE_ARGUMENTS: dict[str, Parser] = {"rs_lora": arguments.flag}
+"""How alpha acts: rsLoRA (Kalajdzievski, arXiv:2312.03732) scales by alpha / sqrt(rank)."""
 
-def rate_factors(values: Mapping[str, Any], block_count: int) -> RateFactors:
-    """What the arguments of `RATE_ARGUMENTS` say.
+
+def rate_factors(values: Mapping[str, Any], block_count: int, rules: Sequence[Rule] = ()) -> RateFactors:
+    """What the arguments of `RATE_ARGUMENTS` say, beside learning rates by pattern.
 
     Raises:
         UserError: a wrong number of block values, an unknown preset, a threshold that has nothing to act on.
@@ -73,6 +81,7 @@ def rate_factors(values: Mapping[str, Any], block_count: int) -> RateFactors:
     ratio = values.get("loraplus_lr_ratio")
     return RateFactors(
         block_weights=weights,
+        rules=rules,
         text_encoder_plus_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio),
         denoiser_plus_ratio=values.get("loraplus_unet_lr_ratio", ratio),
     )
@@ -82,10 +91,13 @@ def rank_plan(
     network_dim: int | None,
     network_alpha: float | None,
     values: Mapping[str, Any],
-    lr_weights: Sequence[float] | None,
+    rates: RateFactors,
+    selection: Selection,
     count: int,
 ) -> RankPlan:
     """What `network_dim` (4 where None), `network_alpha` (None and 0 stand for the rank) and `RANK_ARGUMENTS` say.
+
+    A preset that means convolutions gives them `network_dim` and `network_alpha` where `conv_dim` is not given.
 
     Raises:
         UserError: ranks below 1, negative alphas, a wrong number of block values, alphas without their dims.
@@ -96,20 +108,24 @@ def rank_plan(
     alpha = network_alpha or 0.0
     if alpha < 0:
         raise UserError(f"{alpha:g} is negative", where="--network_alpha", remedy="give 0 (alpha = rank) or more")
-    if "conv_dim" not in values and "conv_block_dims" not in values:
+    conv_dim, conv_alpha = values.get("conv_dim"), values.get("conv_alpha", 1.0)
+    if conv_dim is None and selection.preset.convolutions:
+        conv_dim, conv_alpha = int(dim), values.get("conv_alpha", alpha)
+    elif conv_dim is None and "conv_block_dims" not in values:
         for name in ("conv_alpha", "conv_block_alphas"):
             if name in values:
                 raise UserError("has no effect without conv_dim", where=f"--network_args {name}", remedy="give conv_dim too")
     return RankPlan(
         dim=int(dim),
         alpha=alpha,
-        conv_dim=values.get("conv_dim"),
-        conv_alpha=values.get("conv_alpha", 1.0),
+        conv_dim=conv_dim,
+        conv_alpha=conv_alpha,
         block_dims=_checked_count(values, "block_dims", count),
         block_alphas=_block_numbers(values, "block_alphas", count),
         conv_block_dims=_checked_count(values, "conv_block_dims", count),
         conv_block_alphas=_block_numbers(values, "conv_block_alphas", count),
-        lr_weights=lr_weights,
+        lr_weights=rates.block_weights,
+        rules=selection.rules,
     )
 
 
@@ -123,34 +139,51 @@ def _checked_count(values: Mapping[str, Any], name: str, count: int) -> tuple[in
     return values.get(name)
 
 
-def build_network(
-    make_adapter: Callable[[LayerSpec, int, float], Adapter],
-    plan: RankPlan,
+def create_network(
+    name: str,
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
     text_encoder: Models,
     unet: nn.Module | None,
-    *,
-    family: ModelFamily,
-    multiplier: float,
-    rates: RateFactors,
-    seed: int | None = None,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
 ) -> AdapterNetwork:
-    """A new network with an adapter on every layer that the plan gives a rank.
+    """A new network, which changes nothing yet and is not attached.
 
     Args:
-        make_adapter: from layer, rank and alpha to a new adapter.
-        seed: of the initial values; None takes the seed that torch was given. Each layer has a stream of its own, so that
-            its values depend neither on which other layers there are, nor on their order, nor on the device.
+        name: of the algorithm; layers that `network_reg_algos` names take another.
+        multiplier: strength; 1 for training.
+        network_dim: rank (OFT, BOFT: block size); None stands for 4.
+        network_alpha: None and 0 stand for the rank.
+        vae: not used.
+        neuron_dropout: `--network_dropout`.
+        network_args: conv_dim, conv_alpha, block_dims, down_lr_weight, preset ...: the tables in this module and in
+            `selection.py`, and the algorithms' own.
 
     Raises:
-        UserError: nothing is left to adapt.
+        UserError: wrong settings, all unknown names and unreadable values at once; nothing is left to adapt.
     """
+    own = algorithm(name)
+    family = family_of_models(text_encoder, unet)
+    used = _algorithms_used(own, network_args)
+    shared = RANK_ARGUMENTS | RATE_ARGUMENTS | START_ARGUMENTS | SCALE_ARGUMENTS | SELECTION_ARGUMENTS
+    values = arguments.read_arguments(network_args, shared | _own_arguments(used))
+    values = _with_dropout(values, neuron_dropout, used)
+    _note_what_means_nothing(own, network_dim, network_alpha)
+    selection = read_selection(values, family, default_preset=own.preset)
+    rates = rate_factors(values, family.block_count, selection.rules)
+    plan = rank_plan(network_dim, network_alpha, values, rates, selection, family.block_count)
+
+    seed = values.get("seed")
     seed = torch.initial_seed() if seed is None else seed
     adapters, targets = [], []
-    for target in find_targets(family, text_encoder, unet, with_convolutions=plan.with_convolutions):
-        settings = plan.of(target)
-        if settings is not None:
-            adapter = make_adapter(target.spec, *settings)
-            adapter.initialise(torch_stream(seed, f"init {target.name}"))
+    for target in selection.layers(model_layers(family, text_encoder, unet), with_convolutions=plan.with_convolutions):
+        adapter = _new_adapter(target, own, selection, plan, values)
+        if adapter is not None:
+            # A stream for each layer: its values depend neither on the other layers, nor on their order or the device.
+            adapter.initialise(torch_stream(seed, f"init {target.name}"), target.layer.get_parameter("weight").detach())
             adapters.append(adapter)
             targets.append(target)
     if not targets:
@@ -160,50 +193,134 @@ def build_network(
     return AdapterNetwork(adapters, targets, family=family, multiplier=multiplier, rate_factors=rates)
 
 
-def network_from_weights(
-    adapter_class: type[Adapter],
+def _algorithms_used(own: Algorithm, network_args: Mapping[str, Any]) -> list[Algorithm]:
+    """The algorithm of the module, and those that are given to layers by pattern."""
+    pieces = str(network_args.get("network_reg_algos") or "").split(",")
+    names = [piece.rpartition("=")[2] for piece in pieces if "=" in piece]
+    norms = ["norm"] if str(network_args.get("train_norm", "")).lower() in ("true", "1", "yes") else []
+    return [own, *(algorithm(name, where="--network_args network_reg_algos") for name in names + norms)]
+
+
+def _own_arguments(algorithms: Sequence[Algorithm]) -> dict[str, Parser]:
+    return {name: parser for used in algorithms for name, parser in (used.arguments | used.training_arguments).items()}
+
+
+def _options(chosen: Algorithm, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an algorithm's own arguments, for its constructor."""
+    return {name: values[name] for name in (*chosen.arguments, *chosen.training_arguments) if name in values}
+
+
+def _new_adapter(
+    target: Target, own: Algorithm, selection: Selection, plan: RankPlan, values: Mapping[str, Any]
+) -> Adapter | None:
+    """The adapter of one layer, without values; None where it gets none."""
+    name = first_setting(selection.rules, target, "algorithm")
+    chosen = own if name is None else algorithm(name)
+    if target.spec.is_norm and not chosen.norms:
+        if not selection.norms:
+            return None
+        chosen = algorithm("norm")
+    elif chosen.norms and not target.spec.is_norm:
+        return None
+    settings = plan.of(target)
+    if settings is None:
+        return None
+    options = _options(chosen, values)
+    if chosen.has_rank:
+        rank, alpha = settings
+        # What is stored is read as alpha / rank everywhere, so the square root goes into alpha.
+        options |= {"rank": rank, "alpha": alpha * math.sqrt(rank) if values.get("rs_lora") else alpha}
+    try:
+        return chosen.adapter(target.spec, **options)
+    except ValueError as error:
+        raise UserError(f"{target.name}: {error}", where="--network_args") from None
+
+
+def _with_dropout(values: Mapping[str, Any], neuron_dropout: float | None, used: Sequence[Algorithm]) -> dict[str, Any]:
+    """The values, with `--network_dropout`, which is the same thing as the argument `dropout`."""
+    result = dict(values)
+    if neuron_dropout is None:
+        return result
+    given = arguments.probability(str(neuron_dropout), "dropout")
+    if not any("dropout" in each.training_arguments for each in used) and given:
+        raise UserError(
+            f"{used[0].adapter.title} has no neurons to drop",
+            where="--network_dropout",
+            remedy="leave it out, or use --network_args module_dropout",
+        )
+    if result.setdefault("dropout", given) != given:
+        raise UserError(f"is {given:g}, but --network_args dropout is {result['dropout']:g}", where="--network_dropout")
+    return result
+
+
+def _note_what_means_nothing(own: Algorithm, network_dim: int | None, network_alpha: float | None) -> None:
+    if network_dim is not None and not own.has_rank:
+        logger.warning("--network_dim has no effect: %s has no rank", own.adapter.title)
+    if network_alpha and not own.has_alpha:
+        logger.warning("--network_alpha has no effect: %s has no alpha", own.adapter.title)
+
+
+def create_network_from_weights(
+    name: str,
     multiplier: float,
     file: str | Path | None,
+    vae: Any,
     text_encoder: Models,
     unet: nn.Module | None,
-    weights: Mapping[str, Tensor] | None,
-    *,
-    rates: Mapping[str, Any],
-    options: Mapping[str, Any],
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
     allow_unmatched: bool = False,
+    **network_args: Any,
 ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """A network with the layers, ranks and alphas of a file, and its tensors loaded.
+    """A network with the layers, algorithms, ranks, alphas and weights of a file, not attached.
 
     Args:
-        file, weights: the file, or its tensors if they were read already.
-        rates: values of `RATE_ARGUMENTS`.
-        options: drop-outs, for `adapter_class`.
-        allow_unmatched: accept layers that the models have not; they are left out.
+        name: of the algorithm whose `network_args` are taken; what the file holds may be of any.
+        file, weights_sd: the file, or its tensors if they were read already.
+        for_inference: without effect; the same modules serve both.
+        allow_unmatched: accept layers of the file that the models have not; they are left out.
+        network_args: drop-outs and learning rates; layers, ranks and alphas are the file's.
 
     Returns:
         The network, and the tensors under our names, which `network.load_state_dict` takes.
 
     Raises:
-        UserError: layers that the models have not, or tensors of another algorithm or size.
+        UserError: a file that does not fit the models, or settings that it decides itself.
     """
+    own = algorithm(name)
+    by_file = RANK_ARGUMENTS | START_ARGUMENTS | SCALE_ARGUMENTS | SELECTION_ARGUMENTS
+    decided = [key for key in network_args if key in by_file | own.arguments and key != "network_reg_lrs"]
+    if decided:
+        raise UserError(
+            "has no effect with ranks and weights from a file", where=f"--network_args {decided[0]}", remedy="leave it out"
+        )
     family = family_of_models(text_encoder, unet)
-    if weights is None:
+    rate_table = RATE_ARGUMENTS | {"network_reg_lrs": SELECTION_ARGUMENTS["network_reg_lrs"]}
+    values = arguments.read_arguments(network_args, rate_table | own.training_arguments)
+    selection = read_selection(values, family, default_preset=own.preset)
+    if weights_sd is None:
         if file is None:
             raise ValueError("give a file or its tensors")
-        weights = files.read_tensors(file)
+        weights_sd = files.read_tensors(file)
     where = str(file) if file is not None else "the adapter"
-    targets = {target.name: target for target in find_targets(family, text_encoder, unet, with_convolutions=True)}
-    tensors = to_kohya(weights, family)
+    targets = {target.name: target for target in model_layers(family, text_encoder, unet)}
+    tensors = to_kohya(weights_sd, family)
     report = files.match_layers(tensors, targets)
     report.check(where, family, allow_unmatched=allow_unmatched, allow_missing=True)
-    used = [target for name, target in targets.items() if name in report.matched]
-    adapters = []
-    for target in used:
-        try:
-            adapters.append(adapter_class.from_tensors(target.spec, report.matched[target.name], **options))
-        except ValueError as error:
-            raise UserError(f"{target.name}: {error}", where=where) from None
-    network = AdapterNetwork(
-        adapters, used, family=family, multiplier=multiplier, rate_factors=rate_factors(rates, family.block_count)
-    )
-    return network, {key: value for key, value in tensors.items() if key.partition(".")[0] in report.matched}
+    used = [target for key, target in targets.items() if key in report.matched]
+    adapters = [_adapter_of_file(target, report.matched[target.name], _options(own, values), where) for target in used]
+    rates = rate_factors(values, family.block_count, selection.rules)
+    network = AdapterNetwork(adapters, used, family=family, multiplier=multiplier, rate_factors=rates)
+    return network, network.file_tensors()
+
+
+def _adapter_of_file(target: Target, tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str) -> Adapter:
+    found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if found is None:
+        raise UserError(f"{target.name} is of no known algorithm (its tensors are {', '.join(tensors)})", where=where)
+    chosen = algorithm(found)
+    taken = {key: value for key, value in options.items() if key in chosen.training_arguments}
+    try:
+        return chosen.adapter.from_tensors(target.spec, tensors, **taken)
+    except ValueError as error:
+        raise UserError(f"{target.name}: {error}", where=where) from None

@@ -13,6 +13,7 @@ from torch import Tensor
 from library.errors import UserError, some_names
 from library.families.family import ModelFamily
 from networks.core.adapter import Adapter
+from networks.core.algorithms import algorithm, algorithm_of
 from networks.core.keys import by_layer, other_layout
 
 logger = logging.getLogger(__name__)
@@ -97,20 +98,26 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
     """Load one layer's tensors, naming the layer if they do not fit.
 
     Raises:
-        UserError: unknown or missing tensors, or another rank.
+        UserError: another algorithm or rank, unknown or missing tensors.
     """
+    found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    in_file = algorithm(found).adapter.from_tensors(adapter.spec, tensors) if found else None
+    if in_file is not None and in_file.title != adapter.title:
+        raise UserError(
+            f"{name} is {in_file.title} in the file and {adapter.title} in the network",
+            where=where,
+            remedy=f"use --dim_from_weights, or --network_module {type(in_file).__module__}",
+        )
+    if in_file is not None and in_file.rank != adapter.rank:
+        raise UserError(
+            f"{name} has rank {in_file.rank} in the file and {adapter.rank} in the network",
+            where=where,
+            remedy=f"use --dim_from_weights, or --network_dim {in_file.rank}",
+        )
     try:
-        adapter.load_state_dict(tensors)
-    except RuntimeError as error:
-        rank = next((len(value) for key, value in tensors.items() if key == "lora_down.weight"), adapter.rank)
-        if rank != adapter.rank:
-            raise UserError(
-                f"{name} has rank {rank} in the file and {adapter.rank} in the network",
-                where=where,
-                remedy=f"use --dim_from_weights, or --network_dim {rank}",
-            ) from None
-        reason = "; ".join(str(error).split("\n\t")[1:])
-        raise UserError(f"{name} does not fit ({reason})", where=where) from None
+        adapter.load_tensors(tensors)
+    except ValueError as error:
+        raise UserError(f"{name} {error}", where=where) from None
 
 
 def save_tensors(

@@ -10,6 +10,7 @@ from torch import nn
 
 from library.errors import UserError
 from networks.core.adapter import Adapter
+from networks.core.selection import Rule, first_setting
 from networks.core.targets import Part, Target
 
 PART_LABELS: dict[Part, str] = {"text_encoder": "textencoder", "denoiser": "unet"}
@@ -22,17 +23,25 @@ class RateFactors:
 
     Attributes:
         block_weights: by U-Net block, where given.
+        rules: learning rates by pattern, in place of the parts' and blocks'.
         text_encoder_plus_ratio, denoiser_plus_ratio: LoRA+ (Hayou, Ghosh and Yu, arXiv:2402.12354): the rate of the
             matrices that start at zero, over the rate of the others; None trains both alike.
     """
 
     block_weights: Sequence[float] | None = None
+    rules: Sequence[Rule] = ()
     text_encoder_plus_ratio: float | None = None
     denoiser_plus_ratio: float | None = None
 
     def rate_of(self, target: Target, rates: Mapping[Part, float | None]) -> float | None:
-        """The learning rate of one layer, from those of the parts; None where they do not say."""
+        """The learning rate of one layer, from those of the parts; None where they do not say.
+
+        A part whose own rate is 0 stays frozen, whatever the rules say.
+        """
         rate = rates.get(target.part)
+        ruled: float | None = first_setting(self.rules, target, "rate")
+        if ruled is not None and rate != 0:
+            return ruled
         if rate is None or self.block_weights is None or target.block is None:
             return rate
         return rate * self.block_weights[target.block]
@@ -65,20 +74,19 @@ def parameter_groups(
 
     Layers with rate 0 or None are in no group.
     """
-    members: dict[tuple[Part, int | None], list[Adapter]] = {}
-    place_rates: dict[tuple[Part, int | None], float] = {}
+    members: dict[tuple[Part, int | None, float], list[Adapter]] = {}
     for target, adapter in adapters:
         rate = factors.rate_of(target, rates)
         if rate:
-            place = (target.part, target.block if factors.block_weights is not None else None)
-            members.setdefault(place, []).append(adapter)
-            place_rates[place] = rate
+            block = target.block if factors.block_weights is not None else None
+            members.setdefault((target.part, block, rate), []).append(adapter)
 
     groups, descriptions = [], []
-    for part, block in sorted(members, key=place_order):
-        label = PART_LABELS[part] if block is None else f"{PART_LABELS[part]}_block{block}"
-        for suffix, ratio, parameters in _split(members[part, block], factors.plus_ratio(part)):
-            groups.append({"params": parameters, "lr": place_rates[part, block] * ratio})
+    for part, block, rate in sorted(members, key=lambda place: (place_order(place[:2]), -place[2])):
+        several = sum((part, block) == other[:2] for other in members) > 1
+        label = PART_LABELS[part] + ("" if block is None else f"_block{block}") + (f"_lr{rate:g}" if several else "")
+        for suffix, ratio, parameters in _split(members[part, block, rate], factors.plus_ratio(part)):
+            groups.append({"params": parameters, "lr": rate * ratio})
             descriptions.append(label + suffix)
     return groups, descriptions
 

@@ -1,6 +1,7 @@
 """`AdapterNetwork`: the adapters of one file or one training run, on the model they belong to.
 
-Its parameters are named as in the file (`lora_unet_..._to_q.lora_down.weight`), so `state_dict()` is the file.
+Its parameters are named as in the file (`lora_unet_..._to_q.lora_down.weight`) wherever an algorithm trains what it saves;
+`file_tensors()` is what the file holds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from library.errors import UserError
 from library.families.family import ModelFamily
+from library.streams import torch_stream
 from networks.core import files
 from networks.core.adapter import Adapter
 from networks.core.groups import RateFactors, parameter_groups, single_rate
@@ -26,6 +28,18 @@ from networks.core.targets import Part, Target, text_encoder_list
 # Which networks are merged into a layer's weight, oldest first. Each holds the weight as it found it, so they can only be
 # taken out in the reverse order.
 _MERGED: WeakKeyDictionary[nn.Module, list[AdapterNetwork]] = WeakKeyDictionary()
+
+
+def _weight_and_bias(target: Target) -> list[Tensor]:
+    """The layer's weight and, where it has one, its bias."""
+    names = ["weight", "bias"] if target.spec.has_bias else ["weight"]
+    return [target.layer.get_parameter(name) for name in names]
+
+
+def _unmerged_weight(target: Target) -> Tensor:
+    """The layer's weight before the first of the networks that are merged into it now."""
+    merged = _MERGED.get(target.layer)
+    return merged[0]._weights_before_merge[target.name][0] if merged else target.layer.get_parameter("weight")
 
 
 class AdapterNetwork(nn.Module):
@@ -60,7 +74,7 @@ class AdapterNetwork(nn.Module):
             self.targets[target.name] = target
             self.add_module(target.name, adapter)
         self._hooks: list[RemovableHandle] = []
-        self._weights_before_merge: dict[str, Tensor] = {}
+        self._weights_before_merge: dict[str, list[Tensor]] = {}
         self._rates: dict[Part, float | None] = {}
         self.set_multiplier(multiplier)
 
@@ -137,13 +151,14 @@ class AdapterNetwork(nn.Module):
         """Add the change to the base weights, at the current multipliers, keeping a copy of those weights for `unmerge`.
 
         Hooks are taken off, or the effect would count twice. The sum is formed in fp32 and rounded once to the weight's
-        dtype.
+        dtype. Changes that depend on the base weight are those of the weight before the first merge, so that several
+        networks add up as they do when they are attached.
         """
         if self._weights_before_merge:
             raise RuntimeError("the network is merged already")
         self.detach()
         for name, target in self.targets.items():
-            self._weights_before_merge[name] = target.layer.get_parameter("weight").detach().clone()
+            self._weights_before_merge[name] = [tensor.detach().clone() for tensor in _weight_and_bias(target)]
             _MERGED.setdefault(target.layer, []).append(self)
         self._add_to_weights()
 
@@ -156,7 +171,8 @@ class AdapterNetwork(nn.Module):
         if any(_MERGED[target.layer][-1] is not self for target in self._merged_targets()):
             raise RuntimeError("another network was merged later; unmerge that one first")
         for target in self._merged_targets():
-            target.layer.get_parameter("weight").data.copy_(self._weights_before_merge[target.name])
+            for tensor, before in zip(_weight_and_bias(target), self._weights_before_merge[target.name], strict=True):
+                tensor.data.copy_(before)
             _MERGED[target.layer].pop()
         self._weights_before_merge = {}
 
@@ -166,10 +182,13 @@ class AdapterNetwork(nn.Module):
     @torch.no_grad()
     def _add_to_weights(self) -> None:
         for target, adapter in self.items():
-            if adapter.multiplier != 0:
-                weight = target.layer.get_parameter("weight")
-                changed = weight.float() + adapter.multiplier * adapter.delta_weight(weight)
-                weight.copy_(changed.to(weight.dtype))
+            if adapter.multiplier == 0:
+                continue
+            changes = [adapter.delta_weight(_unmerged_weight(target)), adapter.delta_bias()]
+            for tensor, delta in zip(_weight_and_bias(target), changes, strict=False):
+                if delta is not None:
+                    changed = tensor.float() + adapter.multiplier * delta.to(tensor.device)
+                    tensor.copy_(changed.to(tensor.dtype))
 
     # Training: sd-scripts' interface, which the trainer uses for every network module
 
@@ -248,8 +267,14 @@ class AdapterNetwork(nn.Module):
         """Switch the adapters' drop-outs on."""
         self.train()
 
+    def begin_step(self, seed: int, step: int) -> None:
+        """Let the algorithms that choose something at each optimizer step choose, as a function of seed and step alone."""
+        draw = torch.rand((), generator=torch_stream(seed, "adapter step", step)).item()
+        for _, adapter in self.items():
+            adapter.begin_step(draw)
+
     def on_step_start(self) -> None:
-        """Nothing to do for the algorithms that draw nothing per step."""
+        """Nothing to do: what chooses by step does so in `begin_step`."""
 
     def is_mergeable(self) -> bool:
         """Whether `merge_to` works: it does for every algorithm that has a `delta_weight`."""
@@ -294,6 +319,10 @@ class AdapterNetwork(nn.Module):
 
     # Files
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What a file of this network holds: saved name -> tensor."""
+        return {f"{name}.{tensor}": value for name in self.targets for tensor, value in self.adapter(name).tensors().items()}
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As for any module; beside our own names, those that `keys.to_kohya` knows."""
         return super().load_state_dict(to_kohya(state_dict, self.family), strict=strict, assign=assign)
@@ -323,7 +352,4 @@ class AdapterNetwork(nn.Module):
         Args:
             dtype: of every tensor in the file, alpha included; None keeps the present ones.
         """
-        tensors = {
-            f"{name}.{tensor}": value for name in self.targets for tensor, value in self.adapter(name).tensors().items()
-        }
-        files.save_tensors(file, tensors, dtype, metadata)
+        files.save_tensors(file, self.file_tensors(), dtype, metadata)

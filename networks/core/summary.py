@@ -17,17 +17,19 @@ class GroupSummary:
     Attributes:
         block: place among the block values; None for the text encoder.
         modules: number of adapters.
-        ranks, alphas: the different ones that occur, in rising order.
-        learning_rate: None before the rates are set; 0 where the part is frozen.
+        algorithms: names of the adapters' classes that occur.
+        ranks, alphas: the different ones that occur, in rising order; none of algorithms that have no rank.
+        learning_rates: the different ones that occur; none before the rates are set, 0 where the part is frozen.
         parameters: number of trained values.
     """
 
     part: Part
     block: int | None
     modules: int
+    algorithms: tuple[str, ...]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    learning_rate: float | None
+    learning_rates: tuple[float, ...]
     parameters: int
 
 
@@ -35,22 +37,21 @@ def summarise(
     adapters: Iterable[tuple[Target, Adapter]], rates: Mapping[Part, float | None], factors: RateFactors
 ) -> list[GroupSummary]:
     """One row for the text encoder and one for each block that has adapters."""
-    members: dict[tuple[Part, int | None], list[Adapter]] = {}
-    place_rates: dict[tuple[Part, int | None], float | None] = {}
+    members: dict[tuple[Part, int | None], list[tuple[Adapter, float | None]]] = {}
     for target, adapter in adapters:
-        members.setdefault((target.part, target.block), []).append(adapter)
-        place_rates[target.part, target.block] = factors.rate_of(target, rates)
+        members.setdefault((target.part, target.block), []).append((adapter, factors.rate_of(target, rates)))
     rows = []
     for part, block in sorted(members, key=place_order):
-        group = members[part, block]
+        group = [adapter for adapter, _ in members[part, block]]
         rows.append(
             GroupSummary(
                 part=part,
                 block=block,
                 modules=len(group),
-                ranks=tuple(sorted({adapter.rank for adapter in group})),
-                alphas=tuple(sorted({adapter.scale * adapter.rank for adapter in group})),
-                learning_rate=place_rates[part, block],
+                algorithms=tuple(sorted({adapter.title for adapter in group})),
+                ranks=tuple(sorted({adapter.rank for adapter in group} - {0})),
+                alphas=tuple(sorted({adapter.scale * adapter.rank for adapter in group} - {0})),
+                learning_rates=tuple(sorted({rate for _, rate in members[part, block] if rate is not None})),
                 parameters=sum(parameter.numel() for adapter in group for parameter in adapter.parameters()),
             )
         )

@@ -1,4 +1,7 @@
-"""Which layers get an adapter: what the family's target classes contain, with the names under which adapters are saved."""
+"""The layers of a model that an adapter can be put on, with the names under which adapters are saved.
+
+Which of them get one is another question: `selection.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from networks.core.keys import saved_name
 
 Part = Literal["text_encoder", "denoiser"]
 
+_ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -23,14 +28,18 @@ class Target:
 
     Attributes:
         name: saved layer name ("lora_unet_mid_block_attentions_0_proj_in").
+        path: of the module in its model ("mid_block.attentions.0.proj_in"), which patterns are matched with.
         part: which part of the model it belongs to.
-        block: its place among the U-Net's block values; None in text encoders.
+        inside: class names of the modules around it, outermost first, and of the layer itself.
+        block: its place among the U-Net's block values; None in text encoders, and outside the blocks.
         layer: the base layer itself.
         spec: its shape.
     """
 
     name: str
+    path: str
     part: Part
+    inside: tuple[str, ...]
     block: int | None
     layer: nn.Module
     spec: LayerSpec
@@ -57,53 +66,33 @@ def family_of_models(text_encoder: nn.Module | Sequence[nn.Module] | None, unet:
     return family_of_configs(unet_config, config.to_dict() if config is not None else {})
 
 
-def find_targets(
-    family: ModelFamily,
-    text_encoder: nn.Module | Sequence[nn.Module] | None,
-    unet: nn.Module | None,
-    *,
-    with_convolutions: bool,
+def model_layers(
+    family: ModelFamily, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module | None
 ) -> list[Target]:
-    """Every layer that an adapter may be put on, text encoders first, in the order of the models' modules.
-
-    Args:
-        with_convolutions: also the residual and resampling blocks' layers (C3Lier).
-
-    Raises:
-        UserError: a model without a single target layer.
-    """
+    """Every layer that an adapter can be put on, text encoders first, in the order of the models' modules."""
     targets: list[Target] = []
     encoders = text_encoder_list(text_encoder)
     for prefix, encoder in zip(family.text_encoder_prefixes, encoders, strict=False):
-        targets += _in_model(encoder, family.text_encoder_targets, prefix, "text_encoder", family)
+        targets += _in_model(encoder, prefix, "text_encoder", family)
     if unet is not None:
-        # A new tuple each time: the family's own must not grow with the first C3Lier network.
-        classes = family.denoiser_targets + (family.denoiser_conv_targets if with_convolutions else ())
-        targets += _in_model(unet, classes, family.denoiser_prefix, "denoiser", family)
+        targets += _in_model(unet, family.denoiser_prefix, "denoiser", family)
     return targets
 
 
-def _in_model(model: nn.Module, classes: tuple[str, ...], prefix: str, part: Part, family: ModelFamily) -> list[Target]:
-    targets = []
-    for path, layer in _layers_inside(model, classes):
+def _in_model(model: nn.Module, prefix: str, part: Part, family: ModelFamily) -> Iterator[Target]:
+    for path, inside, layer in _layers_of(model, "", ()):
+        try:
+            spec = LayerSpec.of(layer)
+        except TypeError:
+            continue
         name = saved_name(prefix, path)
         block = family.block_index(name) if part == "denoiser" else None
-        targets.append(Target(name=name, part=part, block=block, layer=layer, spec=LayerSpec.of(layer)))
-    if not targets:
-        raise UserError(
-            f"{type(model).__name__} has no layer to adapt: none of the classes {', '.join(classes)} occurs in it",
-            remedy=f"give a {family.title} model",
-        )
-    return targets
+        yield Target(name=name, path=path, part=part, inside=inside, block=block, layer=layer, spec=spec)
 
 
-def _layers_inside(model: nn.Module, classes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Path and layer of every Linear and Conv2d below a module of the given classes, each once."""
-    seen: set[str] = set()
-    for path, module in model.named_modules():
-        if type(module).__name__ not in classes:
-            continue
-        for inner_path, layer in module.named_modules(prefix=path):
-            if isinstance(layer, (nn.Linear, nn.Conv2d)) and inner_path not in seen:
-                seen.add(inner_path)
-                yield inner_path, layer
+def _layers_of(module: nn.Module, path: str, around: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], nn.Module]]:
+    inside = (*around, type(module).__name__)
+    if isinstance(module, _ADAPTABLE):
+        yield path, inside, module
+    for name, child in module.named_children():
+        yield from _layers_of(child, f"{path}.{name}" if path else name, inside)

@@ -85,14 +85,14 @@ def test_one_group_for_each_block_with_block_weights(sd1):
 def test_the_summary_tells_every_block(sd1):
     network = make(sd1, conv_dim=2, conv_alpha=2, down_lr_weight="zeros", mid_lr_weight="0.5")
     before = network.describe()
-    assert {row.learning_rate for row in before} == {None}
+    assert {row.learning_rates for row in before} == {()}
     network.prepare_optimizer_params(0, 1e-4, 1e-3)
     rows = network.describe()
     assert sum(row.modules for row in rows) == len(network.targets)
     assert sum(row.parameters for row in rows) == sum(parameter.numel() for parameter in network.parameters())
     assert [row.block for row in rows] == [None, *range(12, 25)]
     by_block = {row.block: row for row in rows}
-    assert by_block[None].learning_rate == 0
-    assert by_block[12].learning_rate == pytest.approx(5e-5)
+    assert by_block[None].learning_rates == (0,)
+    assert by_block[12].learning_rates == pytest.approx((5e-5,))
     assert by_block[16].ranks == (2, 4)
     assert by_block[16].alphas == pytest.approx((1.0, 2.0))

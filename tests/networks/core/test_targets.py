@@ -70,9 +70,9 @@ def test_families_are_told_by_the_models(sd1, sd2):
         family_of_models([sd1.text_encoder, sd1.text_encoder], sd1.unet)
 
 
-def test_a_model_without_target_layers_is_an_error(sd1):
-    with pytest.raises(UserError, match="Sequential has no layer to adapt: none of the classes Transformer2DModel"):
-        lora.create_network(1.0, 4, 1, None, sd1.text_encoder, nn.Sequential(nn.Linear(2, 2)))
+def test_a_model_without_target_layers_is_an_error():
+    with pytest.raises(UserError, match="the preset chooses none of the model's 1 layers"):
+        lora.create_network(1.0, 4, 1, None, None, nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("path", ["encoder.layers.3.self_attn.q_proj", "text_model.encoder.layers.3.self_attn.q_proj"])

@@ -1,0 +1,138 @@
+"""Adapters whose change of the weight is a function of their own parameters alone, and its weight-decomposed form, DoRA.
+
+Such a change dW is `alpha / rank` times a product of factors. With DoRA (Liu et al., arXiv:2402.09353, eq. 5) it changes
+the direction of the weight, whose size is trained beside it:
+
+    W' = magnitude * V / |V|,   V = W + dW
+
+along rows (one magnitude for each output) or columns (one for each input). The norm |V| is taken as a constant by the
+backward pass, as in section 4.3 of the paper, and is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks.core.adapter import Adapter, LayerSpec
+
+MagnitudeAxis = Literal["input", "output"]
+
+
+def norms_along(weight: Tensor, axis: MagnitudeAxis) -> Tensor:
+    """The norm of every row or column of a weight.
+
+    Args:
+        weight: (out, in, ...).
+        axis: "output" gives (out, 1, ...), "input" gives (1, in, 1, ...).
+
+    Returns:
+        fp32.
+    """
+    kept = 0 if axis == "output" else 1
+    over = [place for place in range(weight.dim()) if place != kept]
+    return torch.linalg.vector_norm(weight.float(), dim=over, keepdim=True)
+
+
+class AdditiveAdapter(Adapter):
+    """An adapter with rank and alpha, whose subclasses give `own_delta`, and `own_effect` where there is a faster way.
+
+    Args:
+        spec: the base layer.
+        rank: of the factors.
+        alpha: the change is scaled by alpha / rank.
+        dora_wd: decompose the weight (DoRA).
+        wd_on_output: one magnitude for each output instead of one for each input, which most programs apply rightly.
+        module_dropout: share of forward passes in train mode that go without this adapter.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        rank: int,
+        alpha: float,
+        dora_wd: bool = False,
+        wd_on_output: bool = False,
+        module_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(spec, module_dropout=module_dropout)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, not {rank}")
+        if spec.groups != 1:
+            raise ValueError("adapters on grouped convolutions are not supported")
+        self.rank = rank
+        self.magnitude_axis: MagnitudeAxis = "output" if wd_on_output else "input"
+        self.dora_scale: nn.Parameter | None = None
+        if dora_wd:
+            self.dora_scale = nn.Parameter(norms_along(torch.ones(spec.weight_shape), self.magnitude_axis))
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.update_scale()
+
+    # What an algorithm gives
+
+    def initialise_factors(self, generator: torch.Generator, base_weight: Tensor) -> None:
+        """Fill the factors with their starting values; see `Adapter.initialise`."""
+        raise NotImplementedError
+
+    def own_delta(self) -> Tensor:
+        """dW without decomposition: (out, in, ...) fp32, scale included and multiplier not."""
+        raise NotImplementedError
+
+    def own_effect(self, x: Tensor, factor: float) -> Tensor:
+        """`op(x, factor * own_delta)`; the dense change is formed anew in the backward pass instead of being kept."""
+        if torch.is_grad_enabled() and self.training:
+            return checkpoint(self._dense_own_effect, x, factor, use_reentrant=False, preserve_rng_state=self.draws)
+        return self._dense_own_effect(x, factor)
+
+    def _dense_own_effect(self, x: Tensor, factor: float) -> Tensor:
+        x, delta = self.matching_dtypes(x, factor * self.own_delta())
+        return self.spec.apply(x, delta)
+
+    # What follows
+
+    def initialise(self, generator: torch.Generator, base_weight: Tensor) -> None:
+        """See `Adapter.initialise`; DoRA's magnitudes start as the norms of the base weight."""
+        self.initialise_factors(generator, base_weight)
+        if self.dora_scale is not None and not base_weight.is_meta:
+            with torch.no_grad():
+                self.dora_scale.copy_(norms_along(base_weight, self.magnitude_axis))
+
+    def delta_weight(self, base_weight: Tensor) -> Tensor:
+        """See `Adapter.delta_weight`."""
+        delta = self.own_delta().to(base_weight.device)
+        if self.dora_scale is None:
+            return delta
+        base = base_weight.float()
+        return self._magnitude_ratio(base, delta) * (base + delta) - base
+
+    def _magnitude_ratio(self, base_weight: Tensor, delta: Tensor) -> Tensor:
+        """magnitude / |W + dW|, fp32, shaped to multiply the weight."""
+        assert self.dora_scale is not None
+        with torch.no_grad():
+            norms = norms_along(base_weight.float() + delta, self.magnitude_axis)
+            norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
+        return self.dora_scale.to(norms.device, torch.float32) / norms
+
+    def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """See `Adapter.effect`. With DoRA the ratio of magnitudes acts on the input or output instead of the weight."""
+        if self.dora_scale is None:
+            return self.own_effect(x, self.multiplier)
+        weight = layer.get_parameter("weight")
+        with torch.no_grad():
+            delta = self.own_delta().to(weight.device)
+        ratio = self._magnitude_ratio(weight, delta)
+        if self.magnitude_axis == "output":
+            ratio = self.spec.along_channels(ratio.flatten())
+            own = self.own_effect(x, self.multiplier)
+            return (ratio - 1) * self.multiplier * self.base_output(layer, x, output) + ratio * own
+        ratio = self.spec.along_channels(ratio.flatten())
+        scaled, base = self.matching_dtypes(x * (ratio - 1) * self.multiplier, weight)
+        return self.spec.apply(scaled, base) + self.own_effect(x * ratio, self.multiplier)
+
+    def delta_norm(self, base_weight: Tensor) -> Tensor:
+        """Frobenius norm of `own_delta`: what `scale_weight_norms` holds down, with DoRA too."""
+        return torch.linalg.vector_norm(self.own_delta())
