@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from networks.core import arguments, creation
 from networks.core.adapter import LayerSpec, Weight, kept_by_dropout
-from networks.core.additive import AdditiveAdapter
+from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
 from networks.core.arguments import Parser
 from networks.core.network import AdapterNetwork
@@ -138,7 +138,7 @@ class LoRAModule(AdditiveAdapter):
         if "lora_down.weight" not in tensors:
             raise ValueError(f"is no LoRA layer, its tensors are {', '.join(tensors)}")
         rank = len(tensors["lora_down.weight"])
-        adapter = cls(spec, rank=rank, alpha=rank, **options)
+        adapter = cls(spec, rank=rank, alpha=rank, **dora_options(spec, tensors), **options)
         adapter.load_tensors(tensors)
         return adapter
 

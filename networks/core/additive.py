@@ -11,6 +11,7 @@ backward pass, as in section 4.3 of the paper, and is computed in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -35,6 +36,19 @@ def norms_along(weight: Tensor, axis: MagnitudeAxis) -> Tensor:
     kept = 0 if axis == "output" else 1
     over = [place for place in range(weight.dim()) if place != kept]
     return torch.linalg.vector_norm(weight.float(), dim=over, keepdim=True)
+
+
+def dora_options(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """What the magnitudes of a file say: the constructor's `dora_wd` and `wd_on_output`; nothing where there are none.
+
+    A vector without axes is along the outputs, as long as its length allows it: the writers of that form mean that.
+    """
+    magnitude = tensors.get("dora_scale")
+    if magnitude is None:
+        return {}
+    outputs = spec.weight_shape[0]
+    on_output = magnitude.numel() == outputs and (magnitude.dim() == 1 or magnitude.shape[0] == outputs)
+    return {"dora_wd": True, "wd_on_output": on_output}
 
 
 class AdditiveAdapter(Adapter):

@@ -66,6 +66,53 @@ ALGORITHMS: Mapping[str, Entry] = {
         title="LoRA on Linear and 1x1 layers (LierLa), with conv_dim also on 3x3 convolutions (C3Lier)",
         markers=(("lora_up.weight", "lora_down.weight"),),
     ),
+    "dylora": Entry(
+        place="networks.dylora:ALGORITHM",
+        title="DyLoRA: one training for all ranks up to network_dim; saved as LoRA",
+        markers=(),
+    ),
+    "loha": Entry(
+        place="networks.loha:ALGORITHM",
+        title="LoHa: the element-wise product of two low-rank changes",
+        markers=(("hada_w1_a",),),
+    ),
+    "ia3": Entry(
+        place="networks.ia3:ALGORITHM",
+        title="(IA)3: one factor for each input or output channel",
+        markers=(("on_input",),),
+    ),
+    "lokr": Entry(
+        place="networks.lokr:ALGORITHM",
+        title="LoKr: a Kronecker product of a small and a large matrix",
+        markers=(("lokr_w1",), ("lokr_w1_a",)),
+    ),
+    "full": Entry(
+        place="networks.full:ALGORITHM",
+        title="Full: the whole difference of weight and bias",
+        markers=(("diff",), ("diff_b",)),
+    ),
+    "norm": Entry(
+        place="networks.full:NORM",
+        title="the difference of a norm's weight and bias (train_norm)",
+        markers=(("w_norm",), ("b_norm",)),
+    ),
+    "oft": Entry(
+        place="networks.oft:ALGORITHM",
+        title="OFT: rotations of blocks of outputs (diag-OFT; COFT with constraint)",
+        markers=(("oft_blocks",),),
+        axes=3,
+    ),
+    "boft": Entry(
+        place="networks.boft:ALGORITHM",
+        title="BOFT: rotations in butterfly stages",
+        markers=(("oft_blocks",),),
+        axes=4,
+    ),
+    "glora": Entry(
+        place="networks.glora:ALGORITHM",
+        title="GLoRA: a low-rank change that also passes through the base weight",
+        markers=(("a1.weight", "a2.weight", "b1.weight", "b2.weight"),),
+    ),
 }
 """In the order in which a file's layer is tried."""
 
