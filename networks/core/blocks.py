@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from library.errors import UserError, near_names
 from networks.core.adapter import LayerSpec
 from networks.core.arguments import numbers
-from networks.core.selection import Rule, first_setting
+from networks.core.rules import Rule, first_setting
 from networks.core.targets import Target
 
 _PRESETS: dict[str, Callable[[float], float]] = {

@@ -24,7 +24,8 @@ from networks.core.blocks import RankPlan, all_learning_rate_weights, block_valu
 from networks.core.groups import RateFactors
 from networks.core.keys import to_kohya
 from networks.core.network import AdapterNetwork
-from networks.core.selection import SELECTION_ARGUMENTS, Rule, Selection, first_setting, read_selection
+from networks.core.rules import Rule, first_setting, matches, ruled_options
+from networks.core.selection import SELECTION_ARGUMENTS, Selection, read_selection
 from networks.core.targets import Target, family_of_models, model_layers
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,19 @@ def create_network(
         raise UserError(
             "leave no layer to adapt", where="--network_args", remedy="give some block a rank and a weight above 0"
         )
+    _check_included(selection, targets)
     return AdapterNetwork(adapters, targets, family=family, multiplier=multiplier, rate_factors=rates)
+
+
+def _check_included(selection: Selection, adapted: Sequence[Target]) -> None:
+    """Refuse patterns of `include_patterns` that no adapter came of."""
+    for pattern in selection.include:
+        if not any(matches(pattern, target) for target in adapted):
+            raise UserError(
+                f"'{pattern}' matches only layers without a rank",
+                where="--network_args include_patterns",
+                remedy="give conv_dim for 3x3 convolutions, or network_reg_dims",
+            )
 
 
 def _algorithms_used(own: Algorithm, network_args: Mapping[str, Any]) -> list[Algorithm]:
@@ -225,7 +238,9 @@ def _new_adapter(
     settings = plan.of(target)
     if settings is None:
         return None
-    options = _options(chosen, values)
+    options = _options(chosen, values) | {
+        name: value for name, value in ruled_options(selection.rules, target).items() if name in chosen.arguments
+    }
     if chosen.has_rank:
         rank, alpha = settings
         # What is stored is read as alpha / rank everywhere, so the square root goes into alpha.

@@ -10,7 +10,7 @@ from torch import nn
 
 from library.errors import UserError
 from networks.core.adapter import Adapter
-from networks.core.selection import Rule, first_setting
+from networks.core.rules import Rule, first_setting
 from networks.core.targets import Part, Target
 
 PART_LABELS: dict[Part, str] = {"text_encoder": "textencoder", "denoiser": "unet"}

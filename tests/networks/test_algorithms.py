@@ -1,4 +1,4 @@
-"""What holds for every algorithm: it starts as nothing, its delta acts like its effect, what is saved is what was trained."""
+"""What holds for every algorithm: it starts as nothing, its delta acts like its effect, its file is what was trained."""
 
 from __future__ import annotations
 

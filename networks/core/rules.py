@@ -1,0 +1,72 @@
+"""Settings of layers by pattern.
+
+A pattern is a regular expression that is looked for in a module's path behind its part ("unet.down_blocks.1...attn2.to_k",
+"text_encoder.encoder.layers.0...q_proj"), or in its saved name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from networks.core.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Settings of the layers that a pattern matches; for each setting the first rule that gives it counts.
+
+    Attributes:
+        pattern: regular expression, see this module's docstring.
+        where: what it was given with, for sentences.
+        inside: only layers inside modules of this class; empty for all.
+        algorithm, rank, alpha, rate: the settings; None leaves one as it is. The rate is the layers' own learning rate.
+        options: values for the algorithm's constructor.
+    """
+
+    pattern: str
+    where: str
+    inside: str = ""
+    algorithm: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    rate: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def applies_to(self, target: Target) -> bool:
+        """Whether the rule is about a layer."""
+        return (not self.inside or self.inside in target.inside) and matches(self.pattern, target)
+
+
+def matches(pattern: str, target: Target) -> bool:
+    """Whether a layer's path or saved name has the pattern."""
+    return bool(re.search(pattern, full_path(target)) or re.search(pattern, target.name))
+
+
+def matches_any(patterns: Iterable[str], target: Target) -> bool:
+    """Whether a layer has one of the patterns."""
+    return any(matches(pattern, target) for pattern in patterns)
+
+
+def full_path(target: Target) -> str:
+    """The module's path behind its part: "unet.mid_block.attentions.0.proj_in"."""
+    return f"{'unet' if target.part == 'denoiser' else 'text_encoder'}.{target.path}"
+
+
+def first_setting(rules: Iterable[Rule], target: Target, setting: str) -> Any:
+    """The setting of the first rule that gives it and matches the layer; None without one."""
+    return next(
+        (getattr(rule, setting) for rule in rules if getattr(rule, setting) is not None and rule.applies_to(target)),
+        None,
+    )
+
+
+def ruled_options(rules: Iterable[Rule], target: Target) -> dict[str, Any]:
+    """The options of all rules about the layer; the first rule that gives one counts."""
+    options: dict[str, Any] = {}
+    for rule in rules:
+        if rule.applies_to(target):
+            options = dict(rule.options) | options
+    return options
