@@ -226,7 +226,7 @@ def _summed(rows: Sequence[GroupSummary]) -> GroupSummary:
         block=None,
         modules=sum(row.modules for row in rows),
         parameters=sum(row.parameters for row in rows),
-        algorithms=union("algorithms"),
+        variants=union("variants"),
         ranks=union("ranks"),
         alphas=union("alphas"),
         learning_rates=union("learning_rates"),
@@ -237,7 +237,7 @@ def _row_text(row: GroupSummary, *, own_rate: bool) -> str:
     def listed(values: Sequence[float]) -> str:
         return "/".join(f"{value:g}" for value in values)
 
-    facts = [f"{row.modules} modules of {'/'.join(row.algorithms)}"]
+    facts = [f"{row.modules} modules of {'/'.join(row.variants)}"]
     facts += [f"rank {listed(row.ranks)}"] if row.ranks else []
     facts += [f"alpha {listed(row.alphas)}"] if row.alphas else []
     facts.append(f"{row.parameters:,} parameters")

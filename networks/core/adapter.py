@@ -147,6 +147,11 @@ class Adapter(nn.Module):
 
     # The algorithm
 
+    @property
+    def variant(self) -> str:
+        """The algorithm with what makes its formula another one, for the plan and the file's metadata."""
+        return self.title
+
     def initialise(self, generator: torch.Generator, base_weight: Tensor) -> None:
         """Fill the parameters with their starting values, drawn on the CPU, with which the adapter changes nothing.
 
@@ -232,8 +237,13 @@ class Adapter(nn.Module):
             dtype = torch.promote_types(dtype, weight.dtype)
         return (x.to(dtype), *(weight.to(dtype) for weight in weights))
 
-    def begin_step(self, draw: float) -> None:
-        """Take up the optimizer step's draw, from [0, 1), the same for all adapters; for algorithms that choose by step."""
+    def begin_step(self, draw: float, largest_rank: int) -> None:
+        """Take up the optimizer step's draw; for algorithms that choose by step.
+
+        Args:
+            draw: from [0, 1), the same for all adapters.
+            largest_rank: among the network's adapters of this class.
+        """
 
     # Its size
 
@@ -250,6 +260,11 @@ class Adapter(nn.Module):
         return []
 
     # In files
+
+    @classmethod
+    def title_in_files(cls) -> str:
+        """The title of the algorithm that a file's tensors are taken for; another one where it saves what that one saves."""
+        return cls.title
 
     def tensors(self) -> dict[str, Tensor]:
         """Saved name within the layer ("lora_down.weight") -> tensor, in the file's order."""

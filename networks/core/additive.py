@@ -86,6 +86,11 @@ class AdditiveAdapter(Adapter):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.update_scale()
 
+    @property
+    def variant(self) -> str:
+        """See `Adapter.variant`: tells along what DoRA's magnitudes lie."""
+        return self.title if self.dora_scale is None else f"{self.title} with DoRA per {self.magnitude_axis}"
+
     # What an algorithm gives
 
     def initialise_factors(self, generator: torch.Generator, base_weight: Tensor) -> None:

@@ -6,6 +6,8 @@ Its parameters are named as in the file (`lora_unet_..._to_q.lora_down.weight`) 
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,8 +272,11 @@ class AdapterNetwork(nn.Module):
     def begin_step(self, seed: int, step: int) -> None:
         """Let the algorithms that choose something at each optimizer step choose, as a function of seed and step alone."""
         draw = torch.rand((), generator=torch_stream(seed, "adapter step", step)).item()
+        largest_ranks: dict[type[Adapter], int] = {}
         for _, adapter in self.items():
-            adapter.begin_step(draw)
+            largest_ranks[type(adapter)] = max(adapter.rank, largest_ranks.get(type(adapter), 0))
+        for _, adapter in self.items():
+            adapter.begin_step(draw, largest_ranks[type(adapter)])
 
     def on_step_start(self) -> None:
         """Nothing to do: what chooses by step does so in `begin_step`."""
@@ -351,5 +356,9 @@ class AdapterNetwork(nn.Module):
 
         Args:
             dtype: of every tensor in the file, alpha included; None keeps the present ones.
+            metadata: of the run; `ss_network_variants`, which tells how many layers are of which form, comes in addition.
         """
+        if metadata is not None:
+            variants = Counter(adapter.variant for _, adapter in self.items())
+            metadata = {"ss_network_variants": json.dumps(variants), **metadata}
         files.save_tensors(file, self.file_tensors(), dtype, metadata)

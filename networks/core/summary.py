@@ -17,7 +17,7 @@ class GroupSummary:
     Attributes:
         block: place among the block values; None for the text encoder.
         modules: number of adapters.
-        algorithms: names of the adapters' classes that occur.
+        variants: the forms of algorithms that occur.
         ranks, alphas: the different ones that occur, in rising order; none of algorithms that have no rank.
         learning_rates: the different ones that occur; none before the rates are set, 0 where the part is frozen.
         parameters: number of trained values.
@@ -26,7 +26,7 @@ class GroupSummary:
     part: Part
     block: int | None
     modules: int
-    algorithms: tuple[str, ...]
+    variants: tuple[str, ...]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     learning_rates: tuple[float, ...]
@@ -48,7 +48,7 @@ def summarise(
                 part=part,
                 block=block,
                 modules=len(group),
-                algorithms=tuple(sorted({adapter.title for adapter in group})),
+                variants=tuple(sorted({adapter.variant for adapter in group})),
                 ranks=tuple(sorted({adapter.rank for adapter in group} - {0})),
                 alphas=tuple(sorted({adapter.scale * adapter.rank for adapter in group} - {0})),
                 learning_rates=tuple(sorted({rate for _, rate in members[part, block] if rate is not None})),

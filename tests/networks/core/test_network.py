@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from networks import lora
 
@@ -226,3 +229,11 @@ def test_max_norm_scales_what_is_too_large_and_nothing_else(sd1, perturb):
 def test_max_norm_of_a_new_network_is_zero(sd1):
     network = lora.create_network(1.0, 4, 1, None, sd1.text_encoder, sd1.unet)
     assert network.apply_max_norm_regularization(1.0, "cpu") == (0, 0.0, 0.0)
+
+
+def test_a_file_says_of_which_forms_its_layers_are(sd1, tmp_path):
+    network = lora.create_network(1.0, 4, 2, None, sd1.text_encoder, sd1.unet, dora_wd=True)
+    network.save_weights(tmp_path / "a.safetensors", None, {"ss_network_module": "networks.lora"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        variants = json.loads(file.metadata()["ss_network_variants"])
+    assert variants == {"LoRA with DoRA per input": len(network.targets)}
