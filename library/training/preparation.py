@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from library.devices import best_device, compute_dtype
-from library.errors import UserError, attempt, raise_all
+from library.errors import UserError, attempt, counted, raise_all
 from library.training.lr_schedules import rehearse_schedule
 from library.training.optimizers import (
     build_optimizer,
@@ -63,8 +63,17 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
 
 
 def adapters_may_rest(options: TrainingOptions) -> bool:
-    """Whether a step may pass without some adapter: its layer is dropped, or clip skip leaves it out."""
-    return options.captions.clip_skip not in (None, 1) or options.network.args.get("module_dropout", "0") != "0"
+    """Whether a step may pass without some parameters: an adapter's layer is dropped, clip skip leaves it out, or its
+    algorithm trains one part of it at a time; whether third-party modules do is not known."""
+    from networks.core.creation import algorithms_used
+    from networks.registry import load_network_module
+
+    if options.captions.clip_skip not in (None, 1) or options.network.args.get("module_dropout", "0") != "0":
+        return True
+    module = attempt(lambda: load_network_module(options.network.module), [])
+    own = getattr(module, "ALGORITHM", None)
+    used = attempt(lambda: algorithms_used(own, options.network.args), []) if own is not None else None
+    return used is None or any(each.rests for each in used)
 
 
 def chooses_rate(options: OptimizerOptions) -> bool:
@@ -237,7 +246,7 @@ def _row_text(row: GroupSummary, *, own_rate: bool) -> str:
     def listed(values: Sequence[float]) -> str:
         return "/".join(f"{value:g}" for value in values)
 
-    facts = [f"{row.modules} modules of {'/'.join(row.variants)}"]
+    facts = [f"{counted(row.modules, 'module')} of {'/'.join(row.variants)}"]
     facts += [f"rank {listed(row.ranks)}"] if row.ranks else []
     facts += [f"alpha {listed(row.alphas)}"] if row.alphas else []
     facts.append(f"{row.parameters:,} parameters")
