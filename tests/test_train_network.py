@@ -119,6 +119,7 @@ def test_minimal_metadata_keeps_what_readers_need(train):
         "ss_network_module",
         "ss_network_dim",
         "ss_network_alpha",
+        "ss_network_variants",
     }
 
 
@@ -248,7 +249,7 @@ def test_the_plan_tells_what_the_run_does(train):
         "6 images, each 1 time an epoch (1 to 2 in the run)",
         "predicts the noise",
         "--huber_c has no effect: --loss_type is not huber",
-        "U-Net: 277 modules, rank 2/4",
+        "U-Net: 277 modules of LoRA, rank 2/4",
     ):
         assert part in finished.out, finished.out
 
