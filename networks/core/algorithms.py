@@ -31,6 +31,7 @@ class Algorithm:
         has_alpha: whether `network_alpha` does.
         preset: the layers it is put on where the user does not say; see `selection.PRESETS`.
         norms: whether it adapts norms (and nothing else).
+        rests: whether some of its parameters have no part in some optimizer steps, which DDP has to be told.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Algorithm:
     has_alpha: bool = True
     preset: str = "attn-mlp"
     norms: bool = False
+    rests: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

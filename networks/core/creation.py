@@ -168,7 +168,7 @@ def create_network(
     """
     own = algorithm(name)
     family = family_of_models(text_encoder, unet)
-    used = _algorithms_used(own, network_args)
+    used = algorithms_used(own, network_args)
     shared = RANK_ARGUMENTS | RATE_ARGUMENTS | START_ARGUMENTS | SCALE_ARGUMENTS | SELECTION_ARGUMENTS
     values = arguments.read_arguments(network_args, shared | _own_arguments(used))
     values = _with_dropout(values, neuron_dropout, used)
@@ -206,8 +206,12 @@ def _check_included(selection: Selection, adapted: Sequence[Target]) -> None:
             )
 
 
-def _algorithms_used(own: Algorithm, network_args: Mapping[str, Any]) -> list[Algorithm]:
-    """The algorithm of the module, and those that are given to layers by pattern."""
+def algorithms_used(own: Algorithm, network_args: Mapping[str, Any]) -> list[Algorithm]:
+    """The algorithm of the module, and those that are given to layers by pattern.
+
+    Raises:
+        UserError: an unknown name among these.
+    """
     pieces = str(network_args.get("network_reg_algos") or "").split(",")
     names = [piece.rpartition("=")[2] for piece in pieces if "=" in piece]
     norms = ["norm"] if str(network_args.get("train_norm", "")).lower() in ("true", "1", "yes") else []
@@ -323,18 +327,23 @@ def create_network_from_weights(
     report = files.match_layers(tensors, targets)
     report.check(where, family, allow_unmatched=allow_unmatched, allow_missing=True)
     used = [target for key, target in targets.items() if key in report.matched]
-    adapters = [_adapter_of_file(target, report.matched[target.name], _options(own, values), where) for target in used]
+    adapters = [_adapter_of_file(target, report.matched[target.name], own, values, where) for target in used]
     rates = rate_factors(values, family.block_count, selection.rules)
     network = AdapterNetwork(adapters, used, family=family, multiplier=multiplier, rate_factors=rates)
     return network, network.file_tensors()
 
 
-def _adapter_of_file(target: Target, tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str) -> Adapter:
+def _adapter_of_file(
+    target: Target, tensors: Mapping[str, Tensor], own: Algorithm, values: Mapping[str, Any], where: str
+) -> Adapter:
+    """The adapter of one layer of a file: of the module's algorithm where that saves such tensors."""
     found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     if found is None:
         raise UserError(f"{target.name} is of no known algorithm (its tensors are {', '.join(tensors)})", where=where)
     chosen = algorithm(found)
-    taken = {key: value for key, value in options.items() if key in chosen.training_arguments}
+    if own.adapter.title_in_files() == chosen.adapter.title:
+        chosen = own
+    taken = {key: value for key, value in _options(own, values).items() if key in chosen.training_arguments}
     try:
         return chosen.adapter.from_tensors(target.spec, tensors, **taken)
     except ValueError as error:

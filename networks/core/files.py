@@ -102,7 +102,7 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
     """
     found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     in_file = algorithm(found).adapter.from_tensors(adapter.spec, tensors) if found else None
-    if in_file is not None and in_file.title != adapter.title:
+    if in_file is not None and in_file.title != adapter.title_in_files():
         raise UserError(
             f"{name} is {in_file.title} in the file and {adapter.title} in the network",
             where=where,

@@ -49,6 +49,7 @@ DORA = [{"dora_wd": True}, {"dora_wd": True, "wd_on_output": True}]
 CASES = [
     Case("lora"),
     *(Case("lora", options) for options in DORA),
+    *(Case("dylora", {"unit": unit}, exact_round_trip=False) for unit in (1, 2)),
 ]
 
 
