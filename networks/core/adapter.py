@@ -261,6 +261,11 @@ class Adapter(nn.Module):
 
     # In files
 
+    @property
+    def rank_in_files(self) -> int:
+        """The rank of what `tensors` gives, where a file holds another one than is trained."""
+        return self.rank
+
     @classmethod
     def title_in_files(cls) -> str:
         """The title of the algorithm that a file's tensors are taken for; another one where it saves what that one saves."""

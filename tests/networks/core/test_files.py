@@ -136,8 +136,8 @@ def test_half_a_layer_is_told(sd1, tensors, dropped):
 
 def test_an_unknown_tensor_is_told(sd1, tensors):
     layer = next(iter(tensors)).partition(".")[0]
-    tensors[f"{layer}.lora_mid.weight"] = torch.zeros(4, 4)
-    with pytest.raises(UserError, match=rf"{layer}: does not fit .*lora_mid"):
+    tensors[f"{layer}.lora_side.weight"] = torch.zeros(4, 4)
+    with pytest.raises(UserError, match=rf"{layer}: has tensors that do not belong to a LoRA layer: lora_side.weight"):
         fresh(sd1, weights=tensors)
 
 

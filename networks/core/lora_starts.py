@@ -1,0 +1,147 @@
+"""How LoRA's factors begin: the default, PiSSA, OLoRA, orthogonal.
+
+All take the weight as a matrix (out, in * kernel) and fill `down` (rank, in, ...) and `up` (out, rank, ...) in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError, near_names
+
+Start = Literal["default", "pissa", "olora", "orthogonal"]
+
+OVERSAMPLING, ITERATIONS = 8, 4  # of the randomised decomposition
+
+
+def read_start(text: str, name: str) -> Start:
+    """The value of the argument `init`; see `arguments.Parser`.
+
+    Raises:
+        UserError: an unknown name, with the known ones.
+    """
+    for start in get_args(Start):
+        if text.strip().lower() == start:
+            known: Start = start
+            return known
+    raise UserError(f"'{text}' is no way to start", where=f"--network_args {name}", remedy=near_names(text, get_args(Start)))
+
+
+def default_start(down: Tensor, up: Tensor, generator: torch.Generator) -> None:
+    """`down` as torch's own Linear layers start (Kaiming uniform, a = sqrt 5), `up` zero: no change at all."""
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    nn.init.zeros_(up)
+
+
+@torch.no_grad()
+def orthogonal_start(down: Tensor, up: Tensor, generator: torch.Generator) -> None:
+    """Both factors at random, but up @ down = 0: each goes through one half of an orthogonal basis of the rank's space.
+
+    `down = Q1' A / 10` and `up = B Q2 / 10` with normal A and B, where Q1 and Q2 (rank / 2, rank) are the halves; after
+    https://datta0.github.io/posts/rethink-lora-init, with the spread that it and PEFT use.
+
+    Raises:
+        ValueError: an odd rank.
+    """
+    rank = len(down)
+    check_orthogonal(rank)
+    basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
+    first, second = basis[: rank // 2], basis[rank // 2 :]
+    down.copy_((first.T @ torch.randn(rank // 2, down[0].numel(), generator=generator) / 10).view(down.shape))
+    up.copy_((torch.randn(len(up), rank // 2, generator=generator) @ second / 10).view(up.shape))
+
+
+def check_orthogonal(rank: int) -> None:
+    """Refuse a rank that has no halves.
+
+    Raises:
+        ValueError: an odd rank.
+    """
+    if rank % 2:
+        raise ValueError(f"init=orthogonal needs an even rank, not {rank}")
+
+
+def principal_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PiSSA: the weight's largest singular values and vectors, shared evenly by the factors.
+
+    Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+    arXiv:2404.02948, equations 2 and 3.
+
+    Returns:
+        down (n, columns) and up (rows, n); n is the rank, or the weight's smaller side where that is less.
+    """
+    left, values, right = leading_singular_vectors(weight, rank, generator)
+    roots = values.sqrt()
+    return roots[:, None] * right, left * roots
+
+
+def orthonormal_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """OLoRA: the first columns of Q and rows of R of the weight's QR decomposition; nothing is drawn.
+
+    Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775, section 3. The first
+    columns of Q follow from the same columns of the weight, so these alone are decomposed.
+
+    Returns:
+        As `principal_factors`.
+    """
+    columns = torch.linalg.qr(weight[:, :rank]).Q
+    return columns.T @ weight, columns
+
+
+PRINCIPAL_STARTS: dict[str, Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]] = {
+    "pissa": principal_factors,
+    "olora": orthonormal_factors,
+}
+"""The starts that take a part of the base weight, whose product is therefore not zero."""
+
+
+@torch.no_grad()
+def principal_start(
+    start: Start, down: Tensor, up: Tensor, weight: Tensor, scale: float, generator: torch.Generator
+) -> None:
+    """Fill the factors with a part of the weight, so that `scale * up @ down` is that part for PiSSA, and as PEFT does for
+    OLoRA, whose orthonormal `up` stays as it is.
+
+    Ranks beyond the weight's own stay as they are. The computation is in fp32 on the CPU.
+
+    Args:
+        weight: (out, in, ...).
+        scale: alpha / rank.
+    """
+    matrix = weight.detach().to("cpu", torch.float32).flatten(1)
+    found_down, found_up = PRINCIPAL_STARTS[start](matrix, len(down), generator)
+    share = 1.0 if start == "olora" else math.sqrt(scale)
+    count = len(found_down)
+    down[:count] = (found_down / share).view(count, *down.shape[1:])
+    up[:, :count] = (found_up / share).view(len(up), count, *up.shape[2:])
+
+
+def leading_singular_vectors(matrix: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of a matrix and their vectors.
+
+    Exact where the matrix is small against `count`. Else by subspace iteration from a random start, which takes about 1% of
+    the time: Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1. What it finds are orthonormal
+    directions of nearly the largest size, which is all that a start needs.
+
+    Args:
+        matrix: (rows, columns), fp32.
+        count: how many; no more are returned than the smaller side has.
+
+    Returns:
+        left (rows, n), values (n,) in falling order, right (n, columns).
+    """
+    width = count + OVERSAMPLING
+    if 4 * width >= min(matrix.shape):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        span = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], width, generator=generator)).Q
+        for _ in range(ITERATIONS):
+            span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ span).Q).Q
+        left, values, right = torch.linalg.svd(span.T @ matrix, full_matrices=False)
+        left = span @ left
+    return left[:, :count], values[:count], right[:count]
