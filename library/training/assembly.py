@@ -239,6 +239,7 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
         metadata_at=metadata_at,
         dtype=dtype_of(precision) if precision else None,
         total_epochs=run.length.epochs,
+        family=run.base.family,
     )
 
 

@@ -58,6 +58,8 @@ def finish(run: PlannedRun, parts: LoopParts, outcome: Outcome) -> int:
         seconds = parts.progress.seconds
         pace = f"{seconds / outcome.steps:.2f} s/step, {parts.progress.waited / seconds:.0%} of it waiting for data"
         run.say(f"trained {outcome.steps} of {parts.length.steps} steps in {clock(seconds)} ({pace})")
+        if news := parts.files.news_of_readers(path):
+            run.say(news)
         reason = f"stopped by {outcome.stopped_by}; " if stopped else ""
         run.say(f"{reason}saved {path} (re-opened and compared: equal to what was trained)")
     parts.accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.families.family import ModelFamily
 from library.training.options import SavingOptions
 
 
@@ -80,6 +81,7 @@ class RunFiles:
         metadata_at: metadata of a file saved after (step, epochs), all strings.
         dtype: number format of saved weights, a torch dtype; None keeps the network's.
         total_epochs: epochs of the whole run.
+        family: of the base model, whose readers are asked about each file.
     """
 
     options: SavingOptions
@@ -87,7 +89,9 @@ class RunFiles:
     metadata_at: Callable[[int, int], Mapping[str, str]]
     dtype: Any
     total_epochs: int
+    family: ModelFamily
     written: list[Path] = field(default_factory=list)
+    readers_said: str = ""
 
     def due(self, step: int, epoch_ended: int | None, total_steps: int) -> bool:
         """Whether a file is written after `step` steps, which ended that epoch; the final file is not counted."""
@@ -126,6 +130,18 @@ class RunFiles:
     def save_final(self, step: int, epochs: int) -> Path:
         """Save the result."""
         return self._save_somewhere(final_file(self.options), step, epochs)
+
+    def news_of_readers(self, path: Path) -> str | None:
+        """Which programs read a saved file rightly and what the others make of it; None where that was said already."""
+        from library.checkpoints.tensor_files import open_tensor_file
+        from networks.core.readers import readers_sentence, readings
+        from networks.core.traits import read_header
+
+        sentence = readers_sentence(readings(read_header(open_tensor_file(path), self.family)))
+        if sentence == self.readers_said:
+            return None
+        self.readers_said = sentence
+        return sentence
 
     def _save_somewhere(self, name: str, step: int, epochs: int) -> Path:
         """Save what nothing will save again; in the system's temporary folder where the output folder fails.

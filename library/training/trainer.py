@@ -159,6 +159,8 @@ def _save(parts: LoopParts, step: int, epoch_ended: int | None, epochs: int) -> 
             paths = []
         for path in filter(None, paths):
             parts.progress.say(f"saved {path}")
+            if news := parts.files.news_of_readers(path):
+                parts.progress.say(news)
     parts.accelerator.wait_for_everyone()
 
 

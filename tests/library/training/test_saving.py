@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.families.sd1 import SD1
 from library.training.options import SavingOptions
 from library.training.plan import RunLength
 from library.training.saving import RunFiles, SavingFailed
@@ -36,7 +37,8 @@ class Network:
 
 def run_files(folder: Path, network: Network, **options: object) -> RunFiles:
     saving = SavingOptions(output_dir=folder, output_name="mine", **options)  # type: ignore[arg-type]
-    return RunFiles(options=saving, network=network, metadata_at=lambda step, epochs: {}, dtype=None, total_epochs=9)
+    facts = {"metadata_at": lambda step, epochs: {}, "dtype": None, "total_epochs": 9, "family": SD1}
+    return RunFiles(options=saving, network=network, **facts)
 
 
 def test_a_folder_that_was_removed_during_the_run_is_made_again(tmp_path):
@@ -52,6 +54,19 @@ def test_the_result_is_kept_elsewhere_when_its_folder_fails(tmp_path, monkeypatc
     (spare,) = tmp_path.glob("trained_*/mine.safetensors")
     assert str(spare) in str(raised.value)
     assert load_file(spare).keys() == WEIGHTS.keys()
+
+
+def test_who_reads_a_file_is_said_once_and_again_where_it_changes(tmp_path):
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    lora = {"lora_down.weight": torch.ones(4, 768), "lora_up.weight": torch.ones(320, 4), "alpha": torch.tensor(1.0)}
+    network = Network(weights={f"{layer}.{name}": tensor for name, tensor in lora.items()})
+    files = run_files(tmp_path, network)
+    everyone = "read rightly by ComfyUI, A1111, Forge, SD.Next, diffusers, LyCORIS, InvokeAI"
+    assert files.news_of_readers(files.save_final(3, 1)) == everyone
+    assert files.news_of_readers(files.save_final(4, 1)) is None
+    network.weights = {f"{layer}.diff": torch.ones(320, 768)}
+    news = files.news_of_readers(files.save_final(5, 1))
+    assert news == everyone.replace(" diffusers,", "") + "; diffusers would refuse it (the full difference)"
 
 
 def test_a_file_on_the_way_that_fails_does_not_end_the_run(tmp_path):
