@@ -12,13 +12,13 @@ backward pass, as in section 4.3 of the paper, and is computed in fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter, LayerSpec
+from networks.core.adapter import Adapter, LayerSpec, kept_by_dropout
 
 MagnitudeAxis = Literal["input", "output"]
 
@@ -113,6 +113,14 @@ class AdditiveAdapter(Adapter):
 
     # What follows
 
+    def drop_outputs(self, effect: Tensor, share: float) -> Tensor:
+        """In train mode, an effect without a random share of its channels, for each sample anew; the rest is scaled up."""
+        if not (share and self.training):
+            return effect
+        shape = [len(effect)] + [1] * (effect.dim() - 1)
+        shape[self.spec.channel_axis] = effect.shape[self.spec.channel_axis]
+        return effect * (kept_by_dropout(shape, share, effect.device).to(effect.dtype) / (1 - share))
+
     def initialise(self, generator: torch.Generator, base_weight: Tensor) -> None:
         """See `Adapter.initialise`; DoRA's magnitudes start as the norms of the base weight."""
         self.initialise_factors(generator, base_weight)
@@ -155,3 +163,26 @@ class AdditiveAdapter(Adapter):
     def delta_norm(self, base_weight: Tensor) -> Tensor:
         """Frobenius norm of `own_delta`: what `scale_weight_norms` holds down, with DoRA too."""
         return torch.linalg.vector_norm(self.own_delta())
+
+    # In files
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse magnitudes along the other axis, which on a square layer have the same number."""
+        magnitude = state_dict.get(prefix + "dora_scale")
+        if magnitude is not None and self.dora_scale is not None:
+            found = "output" if dora_options(self.spec, {"dora_scale": magnitude})["wd_on_output"] else "input"
+            if found != self.magnitude_axis:
+                error_msgs.append(
+                    f"{prefix}dora_scale: its magnitudes are along the {found}s, here the {self.magnitude_axis}s"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

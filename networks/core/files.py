@@ -101,14 +101,17 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
         UserError: another algorithm or rank, unknown or missing tensors.
     """
     found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    in_file = algorithm(found).adapter.from_tensors(adapter.spec, tensors) if found else None
+    try:
+        in_file = algorithm(found).adapter.from_tensors(adapter.spec, tensors) if found else None
+    except ValueError as error:
+        raise UserError(f"{name}: {error}", where=where) from None
     if in_file is not None and in_file.title != adapter.title_in_files():
         raise UserError(
             f"{name} is {in_file.title} in the file and {adapter.title} in the network",
             where=where,
             remedy=f"use --dim_from_weights, or --network_module {type(in_file).__module__}",
         )
-    if in_file is not None and in_file.rank != adapter.rank:
+    if in_file is not None and in_file.rank not in (adapter.rank, adapter.rank_in_files):
         raise UserError(
             f"{name} has rank {in_file.rank} in the file and {adapter.rank} in the network",
             where=where,
@@ -117,13 +120,13 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
     try:
         adapter.load_tensors(tensors)
     except ValueError as error:
-        raise UserError(f"{name} {error}", where=where) from None
+        raise UserError(f"{name}: {error}", where=where) from None
 
 
 def save_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
 ) -> None:
-    """Write tensors under their saved names, in the given dtype; None keeps each one's own.
+    """Write tensors under their saved names, in the given dtype; None keeps each one's own, and whole numbers keep theirs.
 
     A tensor with values beyond that dtype's range is kept in fp32, with a warning: better a mixed file than infinities or
     no file.
@@ -132,9 +135,10 @@ def save_tensors(
 
     converted = {}
     for key, tensor in tensors.items():
-        value = tensor.detach().to("cpu", dtype or tensor.dtype)
-        if dtype is not None and not torch.isfinite(value).all() and torch.isfinite(tensor).all():
-            logger.warning("%s: %s has values beyond the range of %s; it is saved in fp32", path, key, dtype)
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        value = tensor.detach().to("cpu", wanted)
+        if not torch.isfinite(value).all() and torch.isfinite(tensor).all():
+            logger.warning("%s: %s has values beyond the range of %s; it is saved in fp32", path, key, wanted)
             value = tensor.detach().to("cpu", torch.float32)
         converted[key] = value.contiguous()
     write_tensors(path, converted, metadata, add_hashes=True)

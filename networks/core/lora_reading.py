@@ -82,7 +82,7 @@ def without_middle(down: Tensor, middle: Tensor) -> Tensor:
     Raises:
         ValueError: sizes that do not go together.
     """
-    if middle.dim() < 2 or middle.shape[1] != len(down) or down.flatten(2).shape[2:].numel() != 1:
+    if middle.dim() < 2 or middle.shape[1] != len(down) or down[0].numel() != down.shape[1]:
         raise ValueError(f"has {MIDDLE} {list(middle.shape)}, which does not go with {DOWN} {list(down.shape)}")
     return torch.einsum("pq...,qi->pi...", middle.float(), down.flatten(1).float())
 
