@@ -23,8 +23,8 @@ class Algorithm:
 
     Attributes:
         name: in the table below, in `network_reg_algos` and in reports.
-        adapter: the class of its adapters. It is made as `adapter(spec, rank=, alpha=, **arguments)`, or without rank and
-            alpha where `has_rank` is false, and from a file by `adapter.from_tensors(spec, tensors, **training_arguments)`.
+        adapter: the class of its adapters. It is made as `adapter(spec, rank=, alpha=, **arguments)`, without rank or
+            alpha where it has none, and from a file by `adapter.from_tensors(spec, tensors, **training_arguments)`.
         arguments: its own `network_args` that decide what its tensors are, beside those that all algorithms share.
         training_arguments: its own that mean something for tensors from a file too (drop-outs).
         has_rank: whether `network_dim` means something to it.
@@ -91,7 +91,7 @@ ALGORITHMS: Mapping[str, Entry] = {
     "full": Entry(
         place="networks.full:ALGORITHM",
         title="Full: the whole difference of weight and bias",
-        markers=(("diff",), ("diff_b",)),
+        markers=(("diff",), ("diff_b",), ("set_weight",)),
     ),
     "norm": Entry(
         place="networks.full:NORM",
@@ -101,7 +101,7 @@ ALGORITHMS: Mapping[str, Entry] = {
     "oft": Entry(
         place="networks.oft:ALGORITHM",
         title="OFT: rotations of blocks of outputs (diag-OFT; COFT with constraint)",
-        markers=(("oft_blocks",),),
+        markers=(("oft_blocks",), ("oft_diag",)),
         axes=3,
     ),
     "boft": Entry(

@@ -245,10 +245,12 @@ def _new_adapter(
     options = _options(chosen, values) | {
         name: value for name, value in ruled_options(selection.rules, target).items() if name in chosen.arguments
     }
+    rank, alpha = settings
     if chosen.has_rank:
-        rank, alpha = settings
+        options["rank"] = rank
+    if chosen.has_alpha:
         # What is stored is read as alpha / rank everywhere, so the square root goes into alpha.
-        options |= {"rank": rank, "alpha": alpha * math.sqrt(rank) if values.get("rs_lora") else alpha}
+        options["alpha"] = alpha * math.sqrt(rank) if values.get("rs_lora") else alpha
     try:
         return chosen.adapter(target.spec, **options)
     except ValueError as error:

@@ -19,7 +19,7 @@ class Case:
 
     Attributes:
         name: of the algorithm.
-        options: what its constructor takes beside rank and alpha.
+        options: what its constructor takes beside `RANK` and `ALPHA`, or instead of them.
         layers: names of `LAYERS` that it is for.
         exact_round_trip: whether what is loaded again is the same form, so that training can go on from it.
     """
@@ -50,6 +50,12 @@ CASES = [
     Case("lora"),
     *(Case("lora", options) for options in DORA),
     *(Case("dylora", {"unit": unit}, exact_round_trip=False) for unit in (1, 2)),
+    Case("full"),
+    Case("norm", layers=("layer norm", "group norm")),
+    Case("glora"),
+    *(Case("ia3", {"train_on_input": on_input}) for on_input in (False, True)),
+    *(Case("oft", options) for options in ({}, {"constraint": 0.05}, {"rescaled": True}, {"num_blocks": 2})),
+    *(Case("boft", {"rank": 6} | options) for options in ({}, {"constraint": 0.05}, {"rescaled": True})),
 ]
 
 
@@ -70,8 +76,8 @@ def stream(seed: int = 0) -> torch.Generator:
 def new_adapter(case: Case, layer: nn.Module) -> Adapter:
     """An adapter as training begins with it."""
     found = algorithm(case.name)
-    settings = {"rank": RANK, "alpha": ALPHA} if found.has_rank else {}
-    adapter = found.adapter(LayerSpec.of(layer), **settings, **case.options)
+    settings = ({"rank": RANK} if found.has_rank else {}) | ({"alpha": ALPHA} if found.has_alpha else {})
+    adapter = found.adapter(LayerSpec.of(layer), **settings | dict(case.options))
     adapter.initialise(stream(), layer.get_parameter("weight"))
     return adapter
 

@@ -58,17 +58,22 @@ def test_strength_zero_and_removal_give_the_base_bit_for_bit(case, layer_name):
     assert torch.equal(attached(layer, adapter, x), base)
 
 
+def _loss(out: torch.Tensor) -> torch.Tensor:
+    """A loss that rotations change, which the plain sum of squares is not."""
+    return (out - torch.linspace(-1, 1, out.numel()).view_as(out)).square().sum()
+
+
 @everywhere
 def test_gradients_are_those_of_the_formula_and_of_nothing_else(case, layer_name):
     layer, x = layer_and_input(layer_name)
     adapter = acting(new_adapter(case, layer)).train()
     x.requires_grad_()
-    attached(layer, adapter, x).square().sum().backward()
+    _loss(attached(layer, adapter, x)).backward()
     found = [parameter.grad for parameter in adapter.parameters()] + [x.grad]
     assert all(parameter.grad is None for parameter in layer.parameters())
     adapter.zero_grad()
     x.grad = None
-    changed(layer, adapter, x).square().sum().backward()
+    _loss(changed(layer, adapter, x)).backward()
     expected = [parameter.grad for parameter in adapter.parameters()] + [x.grad]
     for gradient, wanted in zip(found, expected, strict=True):
         assert wanted.abs().max() > 0
@@ -110,13 +115,14 @@ def test_what_is_saved_and_read_again_is_the_same_change(case, layer_name, dtype
 @everywhere
 def test_scaling_the_change_scales_its_norm(case, layer_name):
     layer, _ = layer_and_input(layer_name)
-    adapter = acting(new_adapter(case, layer))
+    rotates = case.name in ("oft", "boft")
+    adapter = acting(new_adapter(case, layer), spread=0.1 if rotates else 0.3)
     weight = layer.get_parameter("weight")
     before = adapter.delta_norm(weight)
     with torch.no_grad():
         adapter.scale_delta_(torch.tensor(0.5))
     after = adapter.delta_norm(weight)
-    if case.name in ("oft", "boft"):  # rotations have no exact half; what counts is that the norm falls about so far
+    if rotates:  # they have no exact half; what counts is that the norm falls about so far
         assert 0.4 * before < after < 0.75 * before
     else:
         torch.testing.assert_close(after, before / 2, rtol=1e-4, atol=1e-5)
