@@ -48,6 +48,11 @@ class DifferenceAdapter(Adapter):
         for change in self.parameters():
             nn.init.zeros_(change)
 
+    @property
+    def reads_base(self) -> bool:
+        """See `Adapter.reads_base`: the parameters are the change."""
+        return False
+
     def delta_weight(self, base_weight: Tensor) -> Tensor:
         """See `Adapter.delta_weight`."""
         return self.get_parameter(self.weight_name).to(base_weight.device, torch.float32)

@@ -143,6 +143,10 @@ class GLoRAModule(Adapter):
     def _pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix) if self.spec.is_linear else F.conv2d(x, matrix)
 
+    def spellings(self) -> list[dict[str, Tensor]]:
+        """See `Adapter.spellings`; `other_naming` is the second."""
+        return [self.tensors(), other_naming(self.tensors())]
+
     def scale_delta_(self, factor: Tensor) -> None:
         """See `Adapter.scale_delta_`."""
         for weight in self._factors:

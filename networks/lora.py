@@ -39,6 +39,7 @@ from networks.core.lora_starts import (
     read_start,
 )
 from networks.core.network import AdapterNetwork
+from networks.core.products import singular_values_of_product
 
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -217,6 +218,13 @@ class LoRAModule(AdditiveAdapter):
         down, up = (factor.float() for factor in self.factors())
         down, up = down.flatten(1), up.flatten(1)
         return self.scale * ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0).sqrt()
+
+    def singular_values(self) -> Tensor | None:
+        """See `Adapter.singular_values`; from matrices of the rank's size."""
+        if self.bias_values is not None:
+            return super().singular_values()
+        down, up = self.factors()
+        return abs(self.scale) * singular_values_of_product(up.flatten(1), down.flatten(1))
 
     def scale_delta_(self, factor: Tensor) -> None:
         """See `Adapter.scale_delta_`. Factors that do not count are scaled with those that do."""

@@ -195,6 +195,11 @@ class Adapter(nn.Module):
         return self.spec.apply(x, delta, bias if bias is None else bias.to(delta.dtype))
 
     @property
+    def reads_base(self) -> bool:
+        """Whether the change depends on the base weight's values."""
+        return True
+
+    @property
     def draws(self) -> bool:
         """Whether `delta_weight` draws random numbers in train mode, which the backward pass then has to repeat."""
         return False
@@ -251,6 +256,11 @@ class Adapter(nn.Module):
         """Frobenius norm of `delta_weight`: a 0-d fp32 tensor on the adapter's device."""
         return torch.linalg.vector_norm(self.delta_weight(base_weight))
 
+    def singular_values(self) -> Tensor | None:
+        """Of the change before any decomposition, as a matrix (out, rest), scale included, largest first, fp32; None where
+        the change depends on the base, or is as large as it."""
+        return None
+
     def scale_delta_(self, factor: Tensor) -> None:
         """Multiply the change by a 0-d factor, in place, shared evenly by the trained tensors."""
         raise NotImplementedError
@@ -274,6 +284,10 @@ class Adapter(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Saved name within the layer ("lora_down.weight") -> tensor, in the file's order."""
         return dict(self.state_dict())
+
+    def spellings(self) -> list[dict[str, Tensor]]:
+        """The tensors in every way that some reader wants them, our own first; all mean the same."""
+        return [self.tensors()]
 
     @classmethod
     def from_tensors(cls, spec: LayerSpec, tensors: Mapping[str, Tensor], **options: Any) -> Self:

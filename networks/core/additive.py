@@ -160,6 +160,15 @@ class AdditiveAdapter(Adapter):
         scaled, base = self.matching_dtypes(x * (ratio - 1) * self.multiplier, weight)
         return self.spec.apply(scaled, base) + self.own_effect(x * ratio, self.multiplier)
 
+    @property
+    def reads_base(self) -> bool:
+        """See `Adapter.reads_base`: with DoRA it does."""
+        return self.dora_scale is not None
+
+    def singular_values(self) -> Tensor | None:
+        """See `Adapter.singular_values`."""
+        return torch.linalg.svdvals(self.own_delta().flatten(1))
+
     def delta_norm(self, base_weight: Tensor) -> Tensor:
         """Frobenius norm of `own_delta`: what `scale_weight_norms` holds down, with DoRA too."""
         return torch.linalg.vector_norm(self.own_delta())
