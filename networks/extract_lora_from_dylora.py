@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Cut a DyLoRA file into LoRA files of every rank that it was trained for, the full one included.
+
+    python networks/extract_lora_from_dylora.py --model dylora.safetensors --save_to split.safetensors --unit 4
+
+writes split-0004.safetensors, split-0008.safetensors and so on. Each acts as its rank acted in training: its alpha is that
+of the model times sqrt(rank / full rank). Every file is opened again and compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.cli.doors import run_door
+from library.cli.options import Option, OptionGroup, ParsedOptions, parse
+from library.errors import UserError, raise_all
+
+OPTIONS = (
+    OptionGroup(
+        "extraction",
+        (
+            Option(name="model", type=Path, help="DyLoRA file"),
+            Option(name="save_to", type=Path, help="name of the files to write; '-' and the rank are put before the suffix"),
+            Option(name="unit", type=int, help="step of the ranks, as in the training's --network_args unit"),
+        ),
+    ),
+)
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def check_options(given: ParsedOptions) -> None:
+    """Refuse what needs no file to be found wrong.
+
+    Raises:
+        UserError: everything at once.
+    """
+    what = {"model": "a DyLoRA file", "save_to": "a name for the files to write", "unit": "the unit of the training"}
+    problems = [
+        UserError("not given", where=f"--{name}", remedy=f"give {remedy}")
+        for name, remedy in what.items()
+        if given[name] is None
+    ]
+    if given["save_to"] is not None and given["save_to"].suffix not in SUFFIXES:
+        problems.append(
+            UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=f"use {', '.join(SUFFIXES)}")
+        )
+    if given["unit"] is not None and given["unit"] < 1:
+        problems.append(UserError("is below 1", where=given.where("unit"), remedy="give the unit of the training"))
+    raise_all(problems)
+
+
+def work(argv: Sequence[str]) -> int:
+    given = parse(argv, OPTIONS, description=__doc__ or "")
+    check_options(given)
+    from networks.core.rank_cutting import cut_file
+
+    for path in cut_file(given["model"], given["save_to"], given["unit"]):
+        print(f"saved {path} (re-opened and compared)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door("extract_lora_from_dylora", work))
