@@ -49,6 +49,10 @@ DORA = [{"dora_wd": True}, {"dora_wd": True, "wd_on_output": True}]
 CASES = [
     Case("lora"),
     *(Case("lora", options) for options in DORA),
+    Case("lora", {"init": "orthogonal"}),
+    Case("lora", {"init": "pissa"}, exact_round_trip=False),  # a file has twice the rank
+    Case("lora", {"init": "olora"}, exact_round_trip=False),
+    Case("lora", {"init": "pissa", "dora_wd": True}, exact_round_trip=False),
     *(Case("dylora", {"unit": unit}, exact_round_trip=False) for unit in (1, 2)),
     Case("full"),
     Case("norm", layers=("layer norm", "group norm")),
