@@ -34,6 +34,10 @@ class KeyTable:
         if not len(listed) == len(self._to_module) == len(self._to_original):
             raise ValueError("a key table must be one to one")
 
+    def pairs(self) -> Iterable[tuple[str, str]]:
+        """All pairs."""
+        return self._to_module.items()
+
     def to_module(self, key: str) -> str | None:
         """The module's name for an original key; None for a key that is not in the table."""
         return _replaced(key, self._to_module)

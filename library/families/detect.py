@@ -148,71 +148,131 @@ def _read_config(path: Path, folder: Path) -> dict[str, Any]:
     return read_json_object(path, where=str(path))
 
 
+# What else an adapter may be for, by a pattern that one of its keys matches, in any layout; the first that matches names it.
 _OTHER_ADAPTERS: tuple[tuple[str, str], ...] = (
-    (r"^lora_te2_|^lora_unet_(input|output|middle)_block", "SDXL"),
-    (r"joint_blocks", "SD3"),
-    (r"double_blocks|single_transformer_blocks", "FLUX"),
+    (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX"),
+    (r"joint_blocks|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj", "SD3"),
+    (r"^(lora_)?transformer[._]", "a diffusion transformer (SD3, FLUX or newer)"),
+    (r"^(lora_unet_|diffusion_model\.)(blocks|layers)[._]\d", "a diffusion transformer (Lumina, Wan or newer)"),
+    (r"^(lora_te3_|text_encoder_3\.|t5\.|text_encoders\.t5)", "SD3 or FLUX"),
+    (r"^(lora_te2_|text_encoder_2\.|clip_g\.|text_encoders\.clip_g)", "SDXL"),
+    # SD1 and SD2 have one transformer block where SDXL has up to ten, and none in the first upward block.
+    (r"(label_emb|add_embedding)[._]", "SDXL"),
+    (r"(blocks|block)[._].*transformer_blocks[._][1-9]", "SDXL"),
+    (r"up_blocks[._]0[._]attentions|output_blocks[._]0[._]1[._]", "SDXL"),
 )
 _OTHER_CONTEXT_WIDTHS = {2048: "SDXL", 1280: "SDXL's second text encoder"}
-_TEXT_CONTEXT = re.compile(r"attn2[._]to_[kv](\.|$)")
-_TEXT_ENCODER = re.compile(r"^(lora_te1?_|text_encoder\.).*self_attn[._]q_proj(\.|$)")
+
+# How other families begin in `ss_base_model_version` and `modelspec.architecture`.
+_OTHER_VERSIONS = (
+    ("sdxl", "SDXL"),
+    ("stable-diffusion-xl", "SDXL"),
+    ("sd3", "SD3"),
+    ("stable-diffusion-3", "SD3"),
+    ("flux", "FLUX"),
+    ("stable_cascade", "Stable Cascade"),
+    ("stable-cascade", "Stable Cascade"),
+    ("lumina", "Lumina"),
+)
+
+_TEXT_CONTEXT = re.compile(r"attn2[._](?:processor[._])?to_[kv](?:_lora)?\.")
+_TEXT_ENCODER = re.compile(r"(text_model|encoder)[._].*self_attn[._](?:q_proj|k_proj|v_proj|out_proj|to_[qkv]_lora)\.")
+
+
+def adapter_origin(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | str | None:
+    """What an adapter was trained for: one of our families, the name of another one, or None where nothing tells.
+
+    The names and widths of its layers decide; where none tells (tiny models, unusual algorithms), what its metadata say.
+    """
+    other = _first_match(shapes, _OTHER_ADAPTERS)
+    if other:
+        return other
+    width = _adapter_width(shapes)
+    if width in _OTHER_CONTEXT_WIDTHS:
+        return _OTHER_CONTEXT_WIDTHS[width]
+    for family in FAMILIES:
+        if family.context_width == width:
+            return family
+    return _family_said(metadata)
 
 
 def family_of_adapter(shapes: Shapes, *, metadata: Mapping[str, str] | None = None, where: str | None = None) -> ModelFamily:
-    """The family that an adapter was trained for.
-
-    The widths that its layers take decide; where no layer tells (tiny models, unusual algorithms), what its metadata says.
+    """The family that an adapter was trained for; see `adapter_origin`.
 
     Raises:
         UserError: for an adapter of another family, or one that says nothing.
     """
-    other = _first_match(shapes, _OTHER_ADAPTERS)
-    width = _adapter_width(shapes)
-    other = other or _OTHER_CONTEXT_WIDTHS.get(width or 0)
-    if other:
-        raise UserError(f"is an adapter for {other}", where=where, remedy=f"{SD1.title} and {SD2.title} are supported")
-    for family in FAMILIES:
-        if family.context_width == width:
-            return family
-    said = _family_said(metadata or {})
-    if said is None:
+    origin = adapter_origin(shapes, metadata or {})
+    if isinstance(origin, str):
+        raise UserError(f"is an adapter for {origin}", where=where, remedy=f"{SD1.title} and {SD2.title} are supported")
+    if origin is None:
         raise UserError(
             "says nowhere which models it is for: no layer has a known text condition's width, and metadata are missing",
             where=where,
         )
-    return said
+    return origin
 
 
-def _family_said(metadata: Mapping[str, str]) -> ModelFamily | None:
-    version = metadata.get("ss_base_model_version")
+def _family_said(metadata: Mapping[str, str]) -> ModelFamily | str | None:
+    version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
     for family in FAMILIES:
         if version in family.base_model_versions.values() or architecture in family.architectures.values():
             return family
+    for beginning, name in _OTHER_VERSIONS:
+        if version.startswith(beginning) or architecture.startswith(beginning):
+            return name
     said = metadata.get("ss_v2")
     return next((family for family in FAMILIES if str(family.is_v2) == said), None)
 
 
 def _adapter_width(shapes: Shapes) -> int | None:
     """How wide the text condition is that the adapted layers take."""
-    for pattern in (_TEXT_CONTEXT, _TEXT_ENCODER):
-        for key in shapes:
-            if pattern.search(key):
-                width = _input_width(key, shapes)
-                if width:
-                    return width
+    for key in shapes:
+        if _TEXT_CONTEXT.search(key):
+            width = _input_width(key, shapes)
+            if width:
+                return width
+    for key in shapes:
+        # These layers of a text encoder are square, so that either side tells.
+        if _TEXT_ENCODER.search(key):
+            width = _input_width(key, shapes) or _output_width(key, shapes)
+            if width:
+                return width
     return None
+
+
+_DOWN_FACTORS = ("lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight", "hada_w1_b", "hada_w2_b", "diff")
+_DOWN_PEFT = re.compile(r"\.lora_A(\.\w+)*$|_lora\.down\.weight$")
 
 
 def _input_width(key: str, shapes: Shapes) -> int | None:
     """Inputs of the base layer, where this tensor shows them; None where it does not."""
     shape = shapes[key]
     layer, _, tensor = key.rpartition(".")
+    if len(shape) == 1 and key.endswith(".weight") and f"{layer}.on_input" in shapes:
+        # (IA)3 has one number for each input or each output; no output of a U-Net's layer is as wide as a text condition.
+        known = {family.context_width for family in FAMILIES} | {2048}
+        return shape[0] if shape[0] in known else None
     if len(shape) < 2:
         return None
-    if key.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_b", ".diff")):
+    if key.endswith(tuple(f".{name}" for name in _DOWN_FACTORS)) or _DOWN_PEFT.search(key):
         return shape[1]
+    if tensor == "dora_scale" and shape[0] == 1:
+        return shape[1]
+    if key.endswith((".a1.weight", ".a2.weight")):
+        return max(shape)  # GLoRA: (in, rank), or (rank, in) in its old naming
     if tensor in ("lokr_w2", "lokr_w2_b"):
         first = shapes.get(f"{layer}.lokr_w1") or shapes.get(f"{layer}.lokr_w1_b")
         return shape[1] * first[1] if first else None
+    return None
+
+
+def _output_width(key: str, shapes: Shapes) -> int | None:
+    """Outputs of the base layer, where this tensor shows them; None where it does not."""
+    shape = shapes[key]
+    if key.endswith(".oft_blocks"):
+        return shape[-3] * shape[-1] if len(shape) in (3, 4) else None
+    if key.endswith((".lora_up.weight", ".hada_w1_a", ".hada_w2_a", ".dora_scale", ".diff_b")):
+        return shape[0] if shape and shape[0] > 1 else None
     return None

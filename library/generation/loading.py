@@ -56,6 +56,9 @@ def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[
         )
         if network is None:
             raise UserError("is no file of this module", where=f"--network_weights {use.file}")
+        report = getattr(network, "load_report", None)
+        if report is not None:
+            print(f"{use.file.name}: {report}")
         parameter = next(models.denoiser.parameters())
         if options.merge_networks:
             if not getattr(network, "is_mergeable", lambda: False)():

@@ -211,6 +211,9 @@ def network_lines(network: Any, options: NetworkOptions, *, own_rate: bool = Fal
     """
     total = sum(parameter.numel() for parameter in network.parameters())
     lines = [f"{options.module}, {total:,} parameters"]
+    report = getattr(network, "load_report", None)
+    if report is not None:
+        lines.append(f"starts from {options.weights}: {report}")
     if not hasattr(network, "describe"):
         return lines
     rows = network.describe()

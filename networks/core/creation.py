@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.families.family import ModelFamily
 from library.streams import torch_stream
 from networks.core import arguments, files
 from networks.core.adapter import Adapter
@@ -22,7 +24,6 @@ from networks.core.algorithms import Algorithm, algorithm, algorithm_of
 from networks.core.arguments import Parser
 from networks.core.blocks import RankPlan, all_learning_rate_weights, block_values
 from networks.core.groups import RateFactors
-from networks.core.keys import to_kohya
 from networks.core.network import AdapterNetwork
 from networks.core.rules import Rule, first_setting, matches, ruled_options
 from networks.core.selection import SELECTION_ARGUMENTS, Selection, read_selection
@@ -319,20 +320,24 @@ def create_network_from_weights(
     rate_table = RATE_ARGUMENTS | {"network_reg_lrs": SELECTION_ARGUMENTS["network_reg_lrs"]}
     values = arguments.read_arguments(network_args, rate_table | own.training_arguments)
     selection = read_selection(values, family, default_preset=own.preset)
-    if weights_sd is None:
-        if file is None:
-            raise ValueError("give a file or its tensors")
-        weights_sd = files.read_tensors(file)
-    where = str(file) if file is not None else "the adapter"
+    adapter = _adapter_given(file, weights_sd, family)
     targets = {target.name: target for target in model_layers(family, text_encoder, unet)}
-    tensors = to_kohya(weights_sd, family)
-    report = files.match_layers(tensors, targets)
-    report.check(where, family, allow_unmatched=allow_unmatched, allow_missing=True)
+    report = replace(files.match_layers(adapter, targets), missing=())
+    report.check(adapter.where, family, allow_unmatched=allow_unmatched)
     used = [target for key, target in targets.items() if key in report.matched]
-    adapters = [_adapter_of_file(target, report.matched[target.name], own, values, where) for target in used]
+    adapters = [_adapter_of_file(target, report.matched[target.name], own, values, adapter.where) for target in used]
     rates = rate_factors(values, family.block_count, selection.rules)
     network = AdapterNetwork(adapters, used, family=family, multiplier=multiplier, rate_factors=rates)
+    network.load_report = str(report)
     return network, network.file_tensors()
+
+
+def _adapter_given(file: str | Path | None, tensors: Mapping[str, Tensor] | None, family: ModelFamily) -> files.AdapterFile:
+    if tensors is not None:
+        return files.adapter_of_tensors(tensors, family, where=str(file) if file is not None else "the adapter")
+    if file is None:
+        raise ValueError("give a file or its tensors")
+    return files.read_adapter(file, family)
 
 
 def _adapter_of_file(
@@ -341,7 +346,7 @@ def _adapter_of_file(
     """The adapter of one layer of a file: of the module's algorithm where that saves such tensors."""
     found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     if found is None:
-        raise UserError(f"{target.name} is of no known algorithm (its tensors are {', '.join(tensors)})", where=where)
+        raise files.unknown_algorithm(target.name, tensors, where)
     chosen = algorithm(found)
     if own.adapter.title_in_files() == chosen.adapter.title:
         chosen = own

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from library.errors import UserError, some_names
+from library.errors import UserError, counted, some_names
+from library.families.detect import adapter_origin
 from library.families.family import ModelFamily
+from library.text_files import read_text
 from networks.core.adapter import Adapter
 from networks.core.algorithms import algorithm, algorithm_of
-from networks.core.keys import by_layer, other_layout
+from networks.core.keys import by_layer, ignored_keys, to_kohya
+from networks.core.peft_metadata import METADATA_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +26,93 @@ SHOWN = 3  # layers that a sentence names
 LayerTensors = dict[str, Tensor]
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of an adapter file, on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """What an adapter file holds, whatever its layout.
+
+    Attributes:
+        tensors: under our names; those of layers that the family's models have not keep the file's.
+        metadata: of the file.
+        ignored: keys that belong to no adapter (embeddings stored beside it).
+        where: how sentences name the file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: Mapping[str, str]
+    ignored: tuple[str, ...]
+    where: str
+
+
+def read_adapter(path: str | Path, family: ModelFamily) -> AdapterFile:
+    """Read a whole adapter file, on the CPU.
+
+    Args:
+        path: .safetensors, or .pt and .ckpt with tensors only.
+        family: of the models it is for.
 
     Raises:
-        UserError: a file that is missing, damaged, or holds something else than tensors.
+        UserError: a file that is missing, damaged, or holds something else than tensors; and see `adapter_of_tensors`.
     """
     from library.checkpoints.tensor_files import open_tensor_file
 
     file = open_tensor_file(path)
-    return {key: file.read(key) for key in file.keys()}  # noqa: SIM118 (a TensorFile is no mapping)
+    tensors = {key: file.read(key) for key in file.keys()}  # noqa: SIM118 (a TensorFile is no mapping)
+    return adapter_of_tensors(tensors, family, metadata=file.metadata | _settings_beside(Path(path)), where=str(path))
+
+
+def _settings_beside(path: Path) -> dict[str, str]:
+    """What PEFT's own folders say of their weights in a second file, as metadata."""
+    config = path.with_name("adapter_config.json")
+    return {METADATA_KEY: read_text(config, where=str(config))} if path.stem == "adapter_model" and config.is_file() else {}
+
+
+def adapter_of_tensors(
+    tensors: Mapping[str, Tensor],
+    family: ModelFamily,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    where: str = "the adapter",
+) -> AdapterFile:
+    """The same for tensors that were read already.
+
+    Raises:
+        UserError: an adapter for another family, values that are not finite, or one tensor under two names.
+    """
+    metadata = metadata or {}
+    origin = adapter_origin({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
+    if origin is not None and origin != family:
+        title = origin if isinstance(origin, str) else origin.title
+        raise UserError(
+            f"is an adapter for {title}, and the model is {family.title}",
+            where=where,
+            remedy="give a model of the kind it was trained on",
+        )
+    _check_finite(tensors, where)
+    try:
+        ours = to_kohya(tensors, family, metadata)
+    except UserError as error:
+        raise UserError(error.what, where=where, remedy=error.remedy) from None
+    return AdapterFile(tensors=ours, metadata=metadata, ignored=tuple(ignored_keys(tensors)), where=where)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor) and not _means_nothing(key, tensors)]
+    if bad:
+        raise UserError(
+            f"has values that are not finite in {len(bad)} of its {len(tensors)} tensors ({some_names(bad, SHOWN)})",
+            where=where,
+            remedy="it is damaged, or its training diverged; use another file of that run",
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
+
+
+def _means_nothing(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this is the alpha of a LoKr layer without a rank, which some programs write as infinity."""
+    layer, _, name = key.rpartition(".")
+    return name == "alpha" and f"{layer}.lokr_w1" in tensors and f"{layer}.lokr_w2" in tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +123,17 @@ class LoadReport:
         matched: layer name -> tensors, for the layers that both have.
         unmatched: layers of the file that the network has not.
         missing: layers of the network that the file has not.
-        layout: the name of a layout that the file is in and that is not read.
+        ignored: keys of the file that belong to no adapter.
     """
 
     matched: dict[str, LayerTensors]
     unmatched: tuple[str, ...]
     missing: tuple[str, ...]
-    layout: str | None = None
+    ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{len(self.matched)} layers loaded, {len(self.unmatched)} left out, {len(self.missing)} not in the file"
+        text = f"{counted(len(self.matched), 'layer')} matched, {len(self.unmatched)} unmatched, {len(self.ignored)} ignored"
+        return f"{text}, {len(self.missing)} of the network not in the file" if self.missing else text
 
     def check(self, where: str, family: ModelFamily, *, allow_unmatched: bool = False, allow_missing: bool = False) -> None:
         """Refuse what is not allowed; a file of which nothing fits is never allowed.
@@ -62,11 +143,11 @@ class LoadReport:
         """
         total = len(self.matched) + len(self.unmatched)
         if not self.matched:
-            what = f"it is in {self.layout}, which is not read" if self.layout else f"none of its {total} layers fits"
+            what = f"none of its {counted(total, 'layer')} fits ({some_names(self.unmatched, SHOWN)})"
             raise UserError(
-                f"{what} ({some_names(self.unmatched, SHOWN) or 'the file is empty'})",
+                what if total else "holds no adapter: it has no tensors of any layer",
                 where=where,
-                remedy=f"give a kohya-style adapter made for {family.title}",
+                remedy=f"give an adapter made for {family.title}",
             )
         if self.unmatched and not allow_unmatched:
             shown = some_names(self.unmatched, SHOWN)
@@ -83,15 +164,25 @@ class LoadReport:
             )
 
 
-def match_layers(tensors: Mapping[str, Tensor], names: Collection[str]) -> LoadReport:
+def match_layers(adapter: AdapterFile, names: Collection[str]) -> LoadReport:
     """Pair the file's layers with the network's by name."""
-    layers = by_layer(tensors)
+    layers = by_layer(adapter.tensors)
     return LoadReport(
         matched={name: layers[name] for name in layers if name in names},
         unmatched=tuple(name for name in layers if name not in names),
         missing=tuple(name for name in names if name not in layers),
-        layout=other_layout(tensors),
+        ignored=adapter.ignored,
     )
+
+
+def unknown_algorithm(name: str, tensors: Iterable[str], where: str) -> UserError:
+    """The mistake of a layer whose tensors are no algorithm's."""
+    own = list(tensors)
+    halves = {"lora_down.weight": "lora_up.weight", "lora_up.weight": "lora_down.weight"}
+    for half, other in halves.items():
+        if half in own:
+            return UserError(f"{name} has {half} without {other}", where=where, remedy="the file is not whole")
+    return UserError(f"{name} is of no known algorithm (its tensors are {', '.join(own)})", where=where)
 
 
 def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -> None:
@@ -101,17 +192,19 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
         UserError: another algorithm or rank, unknown or missing tensors.
     """
     found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if found is None:
+        raise unknown_algorithm(name, tensors, where)
     try:
-        in_file = algorithm(found).adapter.from_tensors(adapter.spec, tensors) if found else None
+        in_file = algorithm(found).adapter.from_tensors(adapter.spec, tensors)
     except ValueError as error:
         raise UserError(f"{name}: {error}", where=where) from None
-    if in_file is not None and in_file.title != adapter.title_in_files():
+    if in_file.title != adapter.title_in_files():
         raise UserError(
             f"{name} is {in_file.title} in the file and {adapter.title} in the network",
             where=where,
             remedy=f"use --dim_from_weights, or --network_module {type(in_file).__module__}",
         )
-    if in_file is not None and in_file.rank not in (adapter.rank, adapter.rank_in_files):
+    if in_file.rank not in (adapter.rank, adapter.rank_in_files):
         raise UserError(
             f"{name} has rank {in_file.rank} in the file and {adapter.rank} in the network",
             where=where,

@@ -57,7 +57,12 @@ class AdapterNetwork(nn.Module):
         family: of the base model.
         multiplier: strength of all adapters.
         rate_factors: learning rates by block and LoRA+.
+
+    Attributes:
+        load_report: one line, to be shown, on how the last file and the network met; None where none was loaded.
     """
+
+    load_report: str | None = None
 
     def __init__(
         self,
@@ -344,11 +349,11 @@ class AdapterNetwork(nn.Module):
         Raises:
             UserError: layers that do not match (unless allowed), other ranks, or a file that cannot be read.
         """
-        tensors = to_kohya(files.read_tensors(file), self.family)
-        report = files.match_layers(tensors, self.targets)
+        report = files.match_layers(files.read_adapter(file, self.family), self.targets)
         report.check(str(file), self.family, allow_unmatched=allow_unmatched, allow_missing=allow_missing)
         for name, layer_tensors in report.matched.items():
             files.load_layer(self.adapter(name), layer_tensors, name, str(file))
+        self.load_report = str(report)
         return report
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:

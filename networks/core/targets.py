@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -16,8 +15,7 @@ from library.families.detect import family_of_configs
 from library.families.family import ModelFamily
 from networks.core.adapter import LayerSpec
 from networks.core.keys import saved_name
-
-Part = Literal["text_encoder", "denoiser"]
+from networks.core.layer_names import Part as Part
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
 

@@ -132,6 +132,29 @@ ADAPTERS = {
         {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 768)},
         {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1024)},
     ),
+    "glora": ({f"{CROSS}.a1.weight": (768, 4)}, {f"{CROSS}.a1.weight": (4, 1024)}),
+    "ia3": (
+        {f"{CROSS}.on_input": (), f"{CROSS}.weight": (768,)},
+        {f"{CROSS}.on_input": (), f"{CROSS}.weight": (1024,)},
+    ),
+    "full": ({f"{CROSS}.diff": (320, 768)}, {f"{CROSS}.diff": (320, 1024)}),
+    "dora along the inputs": ({f"{CROSS}.dora_scale": (1, 768)}, {f"{CROSS}.dora_scale": (1, 1024)}),
+    "oft on a text encoder": (
+        {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.oft_blocks": (16, 48, 48)},
+        {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.oft_blocks": (3, 16, 64, 64)},
+    ),
+    "old diffusers": (
+        {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": (4, 768)},
+        {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": (4, 1024)},
+    ),
+    "original names": (
+        {"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)},
+        {"lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 1024)},
+    ),
+    "peft's adapter name": (
+        {"base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.default.weight": (4, 768)},
+        {"base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.default.weight": (4, 1024)},
+    ),
     "peft": (
         {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)},
         {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 1024)},
@@ -159,12 +182,35 @@ def test_adapters_of_tiny_models_are_known_by_their_metadata():
     ("key", "shape", "name"),
     [
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280), "SDXL"),
-        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", (4, 640), "SDXL"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight", (4, 4096), "SD3 or FLUX"),
+        ("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", (4, 1280), "SDXL"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.lora_down.weight", (4, 640), "SDXL"),
+        ("unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q.lora_A.weight", (4, 1280), "SDXL"),
+        ("lora_unet_up_blocks_0_attentions_0_proj_in.lora_down.weight", (4, 1280), "SDXL"),
+        ("lora_unet_output_blocks_0_1_proj_in.oft_blocks", (16, 80, 80), "SDXL"),
+        ("lora_unet_label_emb_0_0.lora_down.weight", (4, 2816), "SDXL"),
+        (f"{CROSS}.on_input", (), "SDXL"),
         (f"{CROSS}.lora_down.weight", (4, 2048), "SDXL"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", (4, 3072), "FLUX"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", (4, 1536), "SD3"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (4, 3072), "FLUX"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (4, 1536), "a diffusion transformer"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", (4, 5120), "a diffusion transformer"),
     ],
 )
 def test_adapters_of_other_families_are_called_by_their_name(key, shape, name):
-    with pytest.raises(UserError, match=f"is an adapter for {name}; Stable Diffusion 1.x and Stable Diffusion 2.x"):
-        family_of_adapter({key: shape})
+    with pytest.raises(UserError, match=rf"is an adapter for {name}.*; Stable Diffusion 1.x and Stable Diffusion 2.x"):
+        family_of_adapter({key: shape, f"{CROSS}.weight": (2048,)} if key.endswith("on_input") else {key: shape})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}, "SDXL"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "FLUX"),
+        ({"modelspec.architecture": "stable-diffusion-3-m/lora"}, "SD3"),
+    ],
+)
+def test_adapters_whose_layers_tell_nothing_are_known_by_their_metadata(metadata, name):
+    with pytest.raises(UserError, match=f"is an adapter for {name};"):
+        family_of_adapter({"lora_unet_conv_in.lora_down.weight": (4, 4, 3, 3)}, metadata=metadata)

@@ -24,6 +24,10 @@ def tensors(network):
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
+def test_a_new_network_has_no_line_on_a_load(network):
+    assert network.load_report is None
+
+
 def fresh(models, file=None, weights=None, **args):
     return lora.create_network_from_weights(1.0, file, None, models.text_encoder, models.unet, weights, **args)
 
@@ -72,7 +76,7 @@ def test_what_is_saved_comes_back_bit_for_bit(sd1, network, tmp_path, suffix):
     assert torch.equal(sd1.both(), expected)
     other = lora.create_network(1.0, 4, 1, None, sd1.text_encoder, sd1.unet, conv_dim=2)
     report = other.load_weights(path)
-    assert str(report) == f"{len(network.targets)} layers loaded, 0 left out, 0 not in the file"
+    assert str(report) == f"{len(network.targets)} layers matched, 0 unmatched, 0 ignored"
     loaded = other.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())
     assert {adapter.scale for _, adapter in other.items()} == {0.5}, "the file's alpha holds"
@@ -149,16 +153,117 @@ def test_a_width_of_another_model_is_told(sd1, tensors):
 
 
 @pytest.mark.parametrize(
-    ("key", "sentence"),
+    ("weights", "sentence"),
     [
-        ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "it is in PEFT's layout"),
-        ("diffusion_model.input_blocks.1.1.proj_in.lora_up.weight", "it is in ComfyUI's layout"),
-        ("nonsense", "none of its 1 layers fits .nonsense."),
+        ({"nonsense": torch.zeros(4, 4)}, r"the adapter: none of its 1 layer fits .nonsense.; give an adapter made for"),
+        (
+            {f"unet:{number}:up": torch.zeros(4, 4) for number in range(5)},
+            r"none of its 5 layers fits .unet:0:up, unet:1:up, unet:2:up and 2 more.",
+        ),
+        ({}, "the adapter: holds no adapter: it has no tensors of any layer"),
+        ({"bundle_emb.cat.clip_l": torch.zeros(4, 4)}, "the adapter: holds no adapter: it has no tensors of any layer"),
     ],
 )
-def test_other_layouts_are_told_by_name(sd1, key, sentence):
+def test_a_file_of_which_nothing_fits_is_refused_always(sd1, weights, sentence):
+    for allowed in (False, True):
+        with pytest.raises(UserError, match=sentence):
+            fresh(sd1, weights=weights, allow_unmatched=allowed)
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "title"),
+    [
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight", 1024, "Stable Diffusion 2.x"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", 2048, "SDXL"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 3072, "FLUX"),
+    ],
+)
+def test_an_adapter_for_another_family_is_called_by_its_name(sd1, key, width, title):
+    sentence = f"the adapter: is an adapter for {title}, and the model is Stable Diffusion 1.x; give a model of the kind"
     with pytest.raises(UserError, match=sentence):
-        fresh(sd1, weights={key: torch.zeros(4, 4)})
+        fresh(sd1, weights={key: torch.zeros(4, width)}, allow_unmatched=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_a_tensor_that_is_not_finite_is_told_by_name(sd1, tensors, tmp_path, bad, dtype):
+    tensors = {key: value.to(dtype) for key, value in tensors.items()}
+    key = list(tensors)[7]
+    tensors[key].view(-1)[-1] = bad
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"a\.safetensors: has values that are not finite in 1 of its \d+ tensors .{key}"):
+        fresh(sd1, tmp_path / "a.safetensors")
+    network = lora.create_network(1.0, 4, 2, None, sd1.text_encoder, sd1.unet, conv_dim=2)
+    before = network.state_dict()
+    with pytest.raises(UserError, match=key):
+        network.load_weights(tmp_path / "a.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_every_type_of_number_is_read(sd1, tensors, tmp_path, dtype):
+    stored = {key: value.to(dtype) for key, value in tensors.items()}
+    save_file(stored, tmp_path / "a.safetensors")
+    network, _ = fresh(sd1, tmp_path / "a.safetensors")
+    for key, value in network.file_tensors().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, stored[key].to(torch.float32)), key
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "under state_dict"])
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
+def test_pytorch_files_are_read(sd1, tensors, tmp_path, nested, suffix):
+    torch.save({"state_dict": tensors, "epoch": 3} if nested else tensors, tmp_path / f"a{suffix}")
+    network, _ = fresh(sd1, tmp_path / f"a{suffix}")
+    assert all(torch.equal(value, tensors[key]) for key, value in network.file_tensors().items())
+
+
+def test_code_in_a_file_is_never_run(sd1, tensors, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("the file's code was run",))
+
+    torch.save({**tensors, "trap": Trap()}, tmp_path / "a.pt")
+    network, _ = fresh(sd1, tmp_path / "a.pt")
+    assert network.file_tensors().keys() == tensors.keys()
+
+
+def test_the_line_on_a_load_counts_what_matched_and_what_did_not(sd1, network, tensors, tmp_path):
+    layers = len(network.targets)
+    tensors |= {"lora_unet_x.alpha": torch.ones(()), "bundle_emb.cat.clip_l": torch.ones(2, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    made, _ = fresh(sd1, tmp_path / "a.safetensors", allow_unmatched=True)
+    assert made.load_report == f"{layers} layers matched, 1 unmatched, 1 ignored"
+    network.load_weights(tmp_path / "a.safetensors", allow_unmatched=True)
+    assert network.load_report == made.load_report
+    partial = {key: value for key, value in tensors.items() if "mid_block" in key}
+    save_file(partial, tmp_path / "b.safetensors")
+    network.load_weights(tmp_path / "b.safetensors", allow_missing=True)
+    matched = len({key.partition(".")[0] for key in partial})
+    assert (
+        network.load_report
+        == f"{matched} layers matched, 0 unmatched, 0 ignored, {layers - matched} of the network not in the file"
+    )
+
+
+@pytest.mark.parametrize("through", ["a new network", "a network"])
+def test_a_layer_of_an_unknown_algorithm_is_told_with_its_tensors(sd1, network, tensors, tmp_path, through):
+    layer = next(iter(tensors)).partition(".")[0]
+    strange = {key: value for key, value in tensors.items() if not key.startswith(f"{layer}.")}
+    strange |= {f"{layer}.oft_R.weight": torch.ones(4, 4), f"{layer}.alpha": torch.ones(())}
+    save_file(strange, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"a\.safetensors: {layer} is of no known algorithm .*tensors are .*oft_R\.weight"):
+        fresh(sd1, tmp_path / "a.safetensors") if through == "a new network" else network.load_weights(
+            tmp_path / "a.safetensors"
+        )
+
+
+@pytest.mark.parametrize(("left", "lost"), [("lora_up.weight", "lora_down.weight"), ("lora_down.weight", "lora_up.weight")])
+def test_half_a_layer_is_told_in_every_layout(sd1, left, lost):
+    peft = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}[left]
+    weights = {f"unet.mid_block.attentions.0.proj_in.{peft}": torch.zeros(4, 4)}
+    with pytest.raises(UserError, match=f"lora_unet_mid_block_attentions_0_proj_in has {left} without {lost}"):
+        fresh(sd1, weights=weights)
 
 
 def test_settings_that_the_file_decides_are_refused(sd1, tensors):
