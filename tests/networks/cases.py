@@ -45,10 +45,22 @@ LAYERS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 RANK, ALPHA = 4, 3.0
 DORA = [{"dora_wd": True}, {"dora_wd": True, "wd_on_output": True}]
+LOKR_FORMS: list[dict[str, Any]] = [
+    {},
+    {"decompose_both": True, "factor": 4},
+    {"full_matrix": True},
+    {"unbalanced_factorization": True},
+]
 
 CASES = [
     Case("lora"),
     *(Case("lora", options) for options in DORA),
+    *(Case("loha", options) for options in ({}, *DORA)),
+    Case("loha", {"rank": 2}),  # r^2 small enough for the product of that rank
+    *(Case("loha", {"use_tucker": True} | options, layers=("conv 3x3",)) for options in ({}, *DORA)),
+    *(Case("lokr", options) for options in ({}, *DORA)),
+    *(Case("lokr", {"rank": 1, "factor": 2} | options) for options in LOKR_FORMS),
+    *(Case("lokr", {"rank": 1, "use_tucker": True} | options, layers=("conv 3x3",)) for options in ({}, {"rank": 2})),
     Case("lora", {"init": "orthogonal"}),
     Case("lora", {"init": "pissa"}, exact_round_trip=False),  # a file has twice the rank
     Case("lora", {"init": "olora"}, exact_round_trip=False),
