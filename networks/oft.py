@@ -89,15 +89,21 @@ class OFTModule(RotationAdapter):
 
     @classmethod
     def from_tensors(cls, spec: LayerSpec, tensors: Mapping[str, Tensor], **options: Any) -> Self:
-        """See `Adapter.from_tensors`; options are the drop-outs. Files of before 2024 hold the rotations (`oft_diag`)."""
-        if "oft_diag" in tensors:
-            tensors = {"oft_blocks": generators_of(tensors["oft_diag"])}
-        blocks = tensors.get("oft_blocks")
+        """See `Adapter.from_tensors`; options are the drop-outs."""
+        blocks = tensors.get("oft_blocks", tensors.get("oft_diag"))
         outputs = spec.weight_shape[0]
         if blocks is None or blocks.dim() != 3 or blocks.shape[0] * blocks.shape[1] != outputs:
             found = "none" if blocks is None else tuple(blocks.shape)
             raise ValueError(f"its blocks do not fit a layer with {outputs} outputs: {found}")
         return cls._from_blocks(spec, tensors, rank=blocks.shape[1], num_blocks=blocks.shape[0], **options)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take the rotations themselves (`oft_diag`), as files of 2023 have them; to those no limit applies."""
+        rotations = state_dict.pop(f"{prefix}oft_diag", None)
+        if rotations is not None:
+            state_dict[f"{prefix}oft_blocks"] = generators_of(rotations)
+            state_dict.pop(f"{prefix}alpha", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 ROTATION_ARGUMENTS: dict[str, Parser] = {"constraint": arguments.not_negative, "rescaled": arguments.flag}
