@@ -14,6 +14,7 @@ from networks.core.adapter import LayerSpec
 from networks.dylora import DyLoRAModule
 from networks.lora import LoRAModule, low_rank_delta
 from tests.networks.cases import acting, attached, layer_and_input, stream
+from tests.networks.test_training import Wrapped
 
 LAYERS = pytest.mark.parametrize("layer_name", ["linear", "conv 1x1", "conv 3x3"])
 
@@ -191,3 +192,21 @@ def test_lora_plus_raises_the_rate_of_the_up_slabs(sd1):
     for _, adapter in network.items():
         assert {rates[id(slab)] for slab in adapter.lora_up} == {4e-3}
         assert {rates[id(slab)] for slab in adapter.lora_down} == {1e-3}
+
+
+def test_slabs_that_rest_have_no_gradient_under_distributed_data_parallel(sd1, perturb, tmp_path):
+    network = perturb(dylora.create_network(1.0, 8, 4, None, None, sd1.unet, unit=2))
+    network.apply_to(None, sd1.unet)
+    network.prepare_optimizer_params(None, 1e-3, None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Wrapped(network, sd1.unet), find_unused_parameters=True)
+        for step in range(3):
+            network.zero_grad()
+            network.begin_step(1, step)
+            (drawn,) = drawn_ranks(network)
+            wrapped(sd1).square().mean().backward()
+            for _, adapter in network.items():
+                assert [slab.grad is not None for slab in adapter.lora_up] == [2 * (i + 1) == drawn for i in range(4)]
+    finally:
+        torch.distributed.destroy_process_group()
