@@ -16,6 +16,7 @@ DOORS = (
     "gen_img_diffusers.py",
     "tools/convert_diffusers20_original_sd.py",
     "networks/extract_lora_from_dylora.py",
+    "networks/check_lora_weights.py",
 )
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "cv2", "bitsandbytes", "huggingface_hub"}
 LONGEST_FUNCTION = 80  # lines, the docstring not counted

@@ -7,7 +7,7 @@ weights: names and shapes, and the few values that decide (alpha, on_input).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -183,9 +183,21 @@ def file_layers(header: Header) -> dict[str, FileLayer]:
         scalars = {tensor: header.scalars[key] for tensor, key in of_layer.items() if key in header.scalars}
         of_name = name_trait(name)
         content = () if of_name is Trait.EMBEDDING else _made_of(name, shapes, scalars, header.family)
-        traits = (of_name, *content)
-        layers[name] = FileLayer(name=name, shapes=shapes, keys=of_layer, traits=traits)
+        layers[name] = FileLayer(name=name, shapes=shapes, keys=of_layer, traits=(of_name, *content))
     return layers
+
+
+def holds_adapter(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys has a layer of any known algorithm, whole or not."""
+    layers: dict[str, set[str]] = {}
+    for key in keys:
+        layer, tensor = split_any_key(key)
+        layers.setdefault(layer, set()).add(tensor)
+    return any(_algorithm_of(tensors) is not Trait.FOREIGN for tensors in layers.values())
+
+
+def _algorithm_of(tensors: Container[str]) -> Trait:
+    return next((trait for needed, trait in _ALGORITHMS if all(each in tensors for each in needed)), Trait.FOREIGN)
 
 
 _NAMES: tuple[tuple[str, Trait], ...] = (  # the first pattern that a layer's name matches
@@ -248,7 +260,7 @@ _NORM_LAYER = re.compile(r"norm\d?$|conv_norm_out$")
 
 def _made_of(name: str, shapes: Mapping[str, Shape], scalars: Mapping[str, float], family: ModelFamily) -> Iterator[Trait]:
     """The algorithm's trait and the unusual ones."""
-    found = next((trait for tensors, trait in _ALGORITHMS if all(each in shapes for each in tensors)), Trait.FOREIGN)
+    found = _algorithm_of(shapes)
     axes = {tensor: len(shape) for tensor, shape in shapes.items()}
     if found is Trait.GLORA and is_old_glora(shapes):
         found = Trait.GLORA_OLD
