@@ -20,7 +20,6 @@ from networks.core import arguments, creation
 from networks.core.adapter import LayerSpec
 from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
-from networks.core.products import singular_values_of_product
 from networks.core.recompute import apply_recomputed
 from networks.lora import DORA_ARGUMENTS
 
@@ -178,12 +177,13 @@ class LoHaModule(AdditiveAdapter):
             effect = apply_recomputed(pointwise, hidden, x, *self._factors())
         return self.drop_outputs(effect, self.rank_dropout)
 
-    def singular_values(self) -> Tensor | None:
-        """See `Adapter.singular_values`; through the product of rank^2 where that is small."""
-        if self.hada_t1 is not None:
-            return super().singular_values()
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """See `AdditiveAdapter.product`: of rank^2, as long as that is less than the layer's size."""
+        outputs, columns = self.spec.weight_shape[0], self.hada_w1_b.shape[1]
+        if self.hada_t1 is not None or self.rank**2 >= min(outputs, columns):
+            return None
         up, down = as_one_product(*(factor.float() for factor in self._factors()))
-        return abs(self.scale) * singular_values_of_product(up, down)
+        return self.scale * up, down
 
     def scale_delta_(self, factor: Tensor) -> None:
         """See `Adapter.scale_delta_`."""

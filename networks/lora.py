@@ -39,7 +39,6 @@ from networks.core.lora_starts import (
     read_start,
 )
 from networks.core.network import AdapterNetwork
-from networks.core.products import singular_values_of_product
 
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -219,12 +218,12 @@ class LoRAModule(AdditiveAdapter):
         down, up = down.flatten(1), up.flatten(1)
         return self.scale * ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0).sqrt()
 
-    def singular_values(self) -> Tensor | None:
-        """See `Adapter.singular_values`; from matrices of the rank's size."""
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """See `AdditiveAdapter.product`."""
         if self.bias_values is not None:
-            return super().singular_values()
-        down, up = self.factors()
-        return abs(self.scale) * singular_values_of_product(up.flatten(1), down.flatten(1))
+            return None
+        down, up = (factor.float().flatten(1) for factor in self.factors())
+        return self.scale * up, down
 
     def scale_delta_(self, factor: Tensor) -> None:
         """See `Adapter.scale_delta_`. Factors that do not count are scaled with those that do."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.core.adapter import Adapter, LayerSpec, kept_by_dropout
+from networks.core.products import singular_values_of_product
 
 MagnitudeAxis = Literal["input", "output"]
 
@@ -167,7 +168,15 @@ class AdditiveAdapter(Adapter):
 
     def singular_values(self) -> Tensor | None:
         """See `Adapter.singular_values`."""
-        return torch.linalg.svdvals(self.own_delta().flatten(1))
+        product = self.product()
+        if product is None:
+            return torch.linalg.svdvals(self.own_delta().flatten(1))
+        return singular_values_of_product(*product)
+
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """Two matrices (out, rank) and (rank, rest), fp32, whose product is `own_delta`; None where there are none that are
+        smaller than it."""
+        return None
 
     def delta_norm(self, base_weight: Tensor) -> Tensor:
         """Frobenius norm of `own_delta`: what `scale_weight_norms` holds down, with DoRA too."""
