@@ -55,8 +55,8 @@ def generators_of(rotations: Tensor) -> Tensor:
     tolerance = 4 * exact.shape[-1] * torch.finfo(rotations.dtype).eps
     if not torch.allclose(exact.mT @ exact, identity.expand_as(exact), rtol=0, atol=tolerance):
         raise ValueError("oft_diag holds matrices that are no rotations, which OFT cannot represent")
-    generators = torch.linalg.solve(exact + identity, exact - identity, left=False)
-    if not torch.isfinite(generators).all() or generators.abs().max() > 0.5 / tolerance:
+    generators, singular = torch.linalg.solve_ex(exact + identity, exact - identity, left=False)
+    if singular.any() or generators.abs().max() > 0.5 / tolerance:
         raise ValueError("oft_diag holds rotations by half a circle, or mirrors, which OFT cannot represent")
     return (generators - generators.mT).float() / 4
 
@@ -90,6 +90,8 @@ class OFTModule(RotationAdapter):
     @classmethod
     def from_tensors(cls, spec: LayerSpec, tensors: Mapping[str, Tensor], **options: Any) -> Self:
         """See `Adapter.from_tensors`; options are the drop-outs."""
+        if "oft_diag" in tensors:
+            tensors = {name: value for name, value in tensors.items() if name != "alpha"}
         blocks = tensors.get("oft_blocks", tensors.get("oft_diag"))
         outputs = spec.weight_shape[0]
         if blocks is None or blocks.dim() != 3 or blocks.shape[0] * blocks.shape[1] != outputs:
@@ -98,7 +100,7 @@ class OFTModule(RotationAdapter):
         return cls._from_blocks(spec, tensors, rank=blocks.shape[1], num_blocks=blocks.shape[0], **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the rotations themselves (`oft_diag`), as files of 2023 have them; to those no limit applies."""
+        """Take the rotations themselves (`oft_diag`), as old files of LyCORIS have them; to those no limit applies."""
         rotations = state_dict.pop(f"{prefix}oft_diag", None)
         if rotations is not None:
             state_dict[f"{prefix}oft_blocks"] = generators_of(rotations)

@@ -152,6 +152,11 @@ class Adapter(nn.Module):
         """The algorithm with what makes its formula another one, for the plan and the file's metadata."""
         return self.title
 
+    @property
+    def has_alpha(self) -> bool:
+        """Whether an alpha scales the change."""
+        return "alpha" in self._buffers
+
     def initialise(self, generator: torch.Generator, base_weight: Tensor) -> None:
         """Fill the parameters with their starting values, drawn on the CPU, with which the adapter changes nothing.
 

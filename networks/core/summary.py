@@ -18,7 +18,7 @@ class GroupSummary:
         block: place among the block values; None for the text encoder.
         modules: number of adapters.
         variants: the forms of algorithms that occur.
-        ranks, alphas: the different ones that occur, in rising order; none of algorithms that have no rank.
+        ranks, alphas: the different ones that occur, in rising order; of the algorithms that have them.
         learning_rates: the different ones that occur; none before the rates are set, 0 where the part is frozen.
         parameters: number of trained values.
     """
@@ -50,7 +50,7 @@ def summarise(
                 modules=len(group),
                 variants=tuple(sorted({adapter.variant for adapter in group})),
                 ranks=tuple(sorted({adapter.rank for adapter in group} - {0})),
-                alphas=tuple(sorted({adapter.scale * adapter.rank for adapter in group} - {0})),
+                alphas=tuple(sorted({adapter.scale * adapter.rank for adapter in group if adapter.has_alpha} - {0})),
                 learning_rates=tuple(sorted({rate for _, rate in members[part, block] if rate is not None})),
                 parameters=sum(parameter.numel() for adapter in group for parameter in adapter.parameters()),
             )
