@@ -16,7 +16,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.families.family import ModelFamily
-from networks.core.layer_names import LayerNames, layer_names
+from networks.core.layer_names import LayerName, LayerNames, layer_names
 from networks.core.peft_metadata import COMPONENTS, PeftLayer, PeftScales, peft_metadata
 
 T = TypeVar("T")
@@ -76,6 +76,9 @@ _TENSOR_NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"((?:hada|lokr)_\w+)\.\w+"), r"\1"),
     (_MAGNITUDE, "dora_scale"),
 )
+
+_RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Tensors with as many rows as their layer has ranks."""
 
 # diffusers before 0.22: the factors of an attention layer's four matrices are modules of its processor.
 _OLD_ATTENTION = re.compile(r"(\.self_attn)?(?:\.processor)?\.to_(q|k|v|out)_lora\.(up|down)\.weight")
@@ -152,23 +155,34 @@ def to_kohya(
     result = {ours: _readable(tensors[key]) for ours, key in origins.items()}
     scales = PeftScales.read(metadata or {})
     for layer, own in by_layer(result).items():
-        magnitude = origins.get(f"{layer}.dora_scale")
-        if magnitude is not None and _MAGNITUDE.fullmatch(split_key(magnitude)[1]):
-            axes = own["lora_down.weight"].dim() if "lora_down.weight" in own else 2
-            result[f"{layer}.dora_scale"] = own["dora_scale"].reshape(-1, *[1] * (axes - 1))
-        if (
-            "oft_blocks" in own
-            and origins[f"{layer}.oft_blocks"].startswith("oft_")
-            and not own.get("alpha", torch.ones(()))
-        ):
-            # sd-scripts' OFT limits its rotation to alpha, also to none; an alpha of 0 means no limit elsewhere.
-            result[f"{layer}.oft_blocks"] = torch.zeros_like(own["oft_blocks"])
-        found = layer_names(family).find(layer)
-        if scales and found and "alpha" not in own and "lora_down.weight" in own:
-            alpha = scales.alpha(found, rank=len(own["lora_down.weight"]))
-            if alpha is not None:
-                result[f"{layer}.alpha"] = torch.tensor(alpha)
+        changed = _with_our_meaning(own, {name: origins[f"{layer}.{name}"] if name else layer for name in own})
+        if scales:
+            changed |= _with_alpha(own, layer_names(family).find(layer), scales)
+        result |= {f"{layer}.{name}": value for name, value in changed.items()}
     return result
+
+
+def _with_our_meaning(own: Mapping[str, Tensor], origins: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a layer that mean something else under their name in the file (`origins`), with our values."""
+    changed = {}
+    if "dora_scale" in own and _MAGNITUDE.fullmatch(split_key(origins["dora_scale"])[1]):
+        axes = own["lora_down.weight"].dim() if "lora_down.weight" in own else 2
+        changed["dora_scale"] = own["dora_scale"].reshape(-1, *[1] * (axes - 1))
+    if "oft_blocks" in own and origins["oft_blocks"].startswith("oft_") and "alpha" in own and not own["alpha"].any():
+        # sd-scripts' OFT limits its rotation to alpha, also to none; an alpha of 0 means no limit elsewhere.
+        changed["oft_blocks"] = torch.zeros_like(own["oft_blocks"])
+    return changed
+
+
+def _with_alpha(own: Mapping[str, Tensor], layer: LayerName | None, scales: PeftScales) -> dict[str, Tensor]:
+    """What says PEFT's scale of a layer in our tensors; nothing where the file has an alpha."""
+    if layer is None or "alpha" in own:
+        return {}
+    if "lokr_w1" in own and "lokr_w2" in own:
+        return {"lokr_w1": own["lokr_w1"] * scales.scale_of_full(layer)}
+    ranked = next((own[name] for name in _RANKED if name in own), None)
+    alpha = scales.alpha(layer, rank=len(ranked)) if ranked is not None else None
+    return {} if alpha is None else {"alpha": torch.tensor(alpha)}
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -61,14 +61,28 @@ class PeftScales:
     def alpha(self, layer: LayerName, *, rank: int) -> float | None:
         """The alpha that says by `alpha / rank` how PEFT scales a layer; None where its settings do not say."""
         settings = self.settings.get(layer.part, {})
-        alpha = settings.get("lora_alpha")
-        for pattern, value in (settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer.path):  # PEFT's own rule; the first that fits wins
-                alpha = value
-                break
-        if not isinstance(alpha, int | float):
+        alpha = _setting(settings, layer, "lora_alpha", "alpha_pattern")
+        if alpha is None:
+            alpha = _setting(settings, layer, "alpha", "alpha_pattern")  # LoHa and LoKr
+        if alpha is None:
             return None
-        return alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
+        return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+    def scale_of_full(self, layer: LayerName) -> float:
+        """How PEFT scales a LoKr layer whose parts are both full, and which has a rank in its settings alone."""
+        settings = self.settings.get(layer.part, {})
+        alpha, rank = _setting(settings, layer, "alpha", "alpha_pattern"), _setting(settings, layer, "r", "rank_pattern")
+        return alpha / rank if alpha is not None and rank else 1.0
+
+
+def _setting(settings: Mapping[str, Any], layer: LayerName, name: str, pattern_name: str) -> float | None:
+    """A number for one layer: that of the first pattern that fits, by PEFT's own rule, else that of all layers."""
+    value = settings.get(name)
+    for pattern, own in (settings.get(pattern_name) or {}).items():
+        if value is not None and re.match(rf"(.*\.)?({pattern})$", layer.path):
+            value = own
+            break
+    return float(value) if isinstance(value, int | float) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from networks import lora
 from networks.core.keys import to_original, to_peft
 from tests.networks.test_interchange import outputs, pipeline
 
+pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module")
+
 SETTINGS = {
     "plain": {"lora_alpha": 2},
     "ranks and alphas by layer": {
@@ -145,6 +147,28 @@ def test_folders_that_peft_saves(models, pipe, tmp_path, part):
         unet, text_encoder = outputs(models, pipe.unet, pipe.text_encoder)
     expected = (unet, None) if part == "unet" else (None, text_encoder)
     assert_acts_like(models, tmp_path / "adapter_model.safetensors", expected)
+
+
+KRONECKER = {
+    "LoHa": ("LoHaConfig", {"alpha": 6, "alpha_pattern": {"to_q": 3}}),
+    "LoHa, effective convolutions": ("LoHaConfig", {"alpha": 6, "use_effective_conv2d": True}),
+    "LoKr": ("LoKrConfig", {"alpha": 3, "rank_pattern": {"to_v": 2}, "decompose_both": True}),
+    "LoKr, full": ("LoKrConfig", {"alpha": 3, "r": 64, "rank_pattern": {"to_v": 32}, "alpha_pattern": {"to_k": 5}}),
+}
+
+
+@pytest.mark.parametrize("kind", KRONECKER)
+def test_folders_that_peft_saves_of_other_algorithms(models, pipe, tmp_path, kind):
+    import peft
+
+    name, settings = KRONECKER[kind]
+    config = getattr(peft, name)(
+        target_modules=["to_q", "to_k", "to_v", "conv1"], init_weights=False, **({"r": 4} | settings)
+    )
+    peft.get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = outputs(models, pipe.unet, models.text_encoder)[0]
+    assert_acts_like(models, tmp_path / "adapter_model.safetensors", (expected, None))
 
 
 @pytest.mark.parametrize("spelling", ["{0}.{1}", "{0}.base_model.model.{1}", "{0}.{1} with its name"])
