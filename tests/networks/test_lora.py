@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from networks import lora
 from networks.core.adapter import LayerSpec
 from networks.lora import LoRAModule, low_rank_delta
 
@@ -248,3 +249,50 @@ def test_the_delta_of_files_needs_no_layer():
 def test_layers_that_cannot_be_adapted_exactly_are_refused(layer):
     with pytest.raises((TypeError, ValueError), match="grouped|no adapter"):
         LoRAModule(LayerSpec.of(layer), rank=2, alpha=1)
+
+
+FORMS = [
+    {},
+    {"rs_lora": True},
+    {"dora_wd": True},
+    {"dora_wd": True, "wd_on_output": True},
+    {"init": "pissa"},
+    {"init": "olora", "dora_wd": True},
+    {"init": "orthogonal"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+class TestFormsInANetwork:
+    def network(self, models, **form):
+        return lora.create_network(1.0, 4, 2, None, models.text_encoder, models.unet, conv_dim=2, **form)
+
+    def test_large_changes_are_scaled_down_and_small_ones_left_alone(self, sd1, perturb, form):
+        network = perturb(self.network(sd1, **form))
+        names = list(network.targets)
+        small, large = network.adapter(names[0]), network.adapter(names[-1])
+        with torch.no_grad():
+            small.scale_delta_(torch.tensor(1e-3))
+        before = small.own_delta(), large.own_delta()
+        scaled, _, largest = network.apply_max_norm_regularization(0.5)
+        assert 0 < scaled < len(names)
+        assert largest <= 0.5 * (1 + 1e-5)
+        assert small.own_delta().equal(before[0])
+        torch.testing.assert_close(large.own_delta(), before[1] * 0.5 / before[1].norm(), rtol=1e-4, atol=1e-6)
+
+    def test_lora_plus_is_for_the_up_matrices(self, sd1, form):
+        network = self.network(sd1, **form, loraplus_lr_ratio=16)
+        groups, _ = network.prepare_optimizer_params(None, None, 1e-3)
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+        assert rates == {name: 16e-3 if "lora_up" in name else 1e-3 for name in names.values()}
+
+    def test_dropouts_act(self, sd1, perturb, form):
+        for kind in ("dropout", "rank_dropout", "module_dropout"):
+            network = perturb(self.network(sd1, **form, **{kind: 0.5})).train()
+            torch.manual_seed(0)
+            target, adapter = next((target, adapter) for target, adapter in network.items() if target.part == "text_encoder")
+            x = torch.randn(2, 3, target.spec.weight_shape[1])
+            outputs = [attached(target.layer, adapter, x) for _ in range(8)]
+            assert any(not output.allclose(outputs[0]) for output in outputs)
+            assert attached(target.layer, adapter.eval(), x).equal(attached(target.layer, adapter, x))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from networks import lora
 from networks.core.adapter import LayerSpec
 from networks.core.files import save_tensors
 from networks.lora import LoRAModule
@@ -240,3 +241,33 @@ def test_magnitudes_of_a_square_layer_keep_their_axis(on_output):
     assert adapter.magnitude_axis == ("output" if on_output else "input")
     with pytest.raises(ValueError, match="magnitudes are along the"):
         LoRAModule(spec, rank=3, alpha=1, dora_wd=True, wd_on_output=not on_output).load_tensors(tensors)
+
+
+@torch.no_grad()
+def test_a_file_of_odd_spellings_acts_the_same_attached_and_merged(sd1, tmp_path):
+    network = lora.create_network(1.0, 3, 1, None, sd1.text_encoder, sd1.unet, conv_dim=3)
+    tensors = {}
+    for number, (target, adapter) in enumerate(network.items()):
+        layer = {name: 0.3 * normal(*tensor.shape, seed=number) for name, tensor in adapter.tensors().items()}
+        layer["alpha"] = torch.tensor([1.0])
+        if target.spec.is_wide:
+            outputs, inputs, *kernel = target.spec.weight_shape
+            layer["lora_down.weight"] = 0.3 * normal(3, inputs, 1, 1)
+            layer["lora_mid.weight"] = 0.3 * normal(3, 3, *kernel)
+        elif target.spec.has_bias:
+            layer["diff_b"] = 0.1 * normal(target.spec.weight_shape[0])
+        else:
+            layer |= TestResidue.residue(target.spec)[0]
+        tensors |= {f"{target.name}.{name}": tensor for name, tensor in layer.items()}
+    save_tensors(tmp_path / "odd.safetensors", tensors, torch.float16, {})
+    read, again = lora.create_network_from_weights(1.0, tmp_path / "odd.safetensors", None, sd1.text_encoder, sd1.unet)
+    read.load_state_dict(again)
+    base = sd1.both()
+    read.attach()
+    attached_output = sd1.both()
+    read.merge()
+    merged = sd1.both()
+    read.unmerge()
+    assert (attached_output - base).abs().max() > 0.1
+    torch.testing.assert_close(attached_output, merged, rtol=1e-3, atol=1e-4 * base.abs().max().item())
+    assert sd1.both().equal(base)
