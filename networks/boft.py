@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.core import arguments, creation
-from networks.core.adapter import LayerSpec
+from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import Algorithm
 from networks.core.factorization import power_of_two_factorization, smallest_even_factor
 from networks.core.rotation import RotationAdapter
@@ -40,14 +40,17 @@ def turn_in_stages(values: Tensor, turns: Tensor) -> Tensor:
     """
     stages, blocks, size, _ = turns.shape
     half = size // 2
-    change = torch.zeros_like(values)
+    rows = values.movedim(-1, 0)
+    shape, rows = rows.shape, rows.flatten(1).contiguous()
+    # A block has pairs of rows, one from each of its halves. Taken half by half, whole stretches of memory are moved.
+    matrices = turns.view(stages, blocks, half, 2, half, 2).transpose(2, 3).transpose(4, 5).reshape(turns.shape)
+    change = torch.zeros_like(rows)
     for stage in range(stages):
         apart = 2**stage
-        # Values are (group, side, place, half), a block is (half, side): both of its sides lie `apart` half blocks apart.
-        matrices = turns[stage].view(blocks // apart, apart, half, 2, half, 2)
-        grouped = (values + change).unflatten(-1, (blocks // apart, 2, apart, half))
-        change = change + torch.einsum("gpisjt,...gtpj->...gspi", matrices, grouped).flatten(-4)
-    return change
+        halves = (rows + change).view(blocks // apart, 2, apart, half, -1).transpose(1, 2)
+        turned = torch.bmm(matrices[stage], halves.reshape(blocks, size, -1))
+        change = change + turned.view(blocks // apart, apart, 2, half, -1).transpose(1, 2).flatten(0, 3)
+    return change.view(shape).movedim(0, -1)
 
 
 class BOFTModule(RotationAdapter):
@@ -81,7 +84,10 @@ class BOFTModule(RotationAdapter):
         return turn_in_stages(values, turns)
 
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """See `Adapter.effect`. The stages are run again in the backward pass, or every one of them would be kept."""
+        """See `Adapter.effect`. What has fewer values is turned, the layer's weight or its output, and the stages are run
+        again in the backward pass, or every one of them would be kept."""
+        if output.numel() > layer.get_parameter("weight").numel():
+            return Adapter.effect(self, layer, x, output)
         if torch.is_grad_enabled() and self.training:
             return checkpoint(super().effect, layer, x, output, use_reentrant=False, preserve_rng_state=False)
         return super().effect(layer, x, output)

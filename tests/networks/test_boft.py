@@ -12,7 +12,7 @@ from networks import boft
 from networks.boft import BOFTModule, turn_in_stages
 from networks.core.adapter import LayerSpec
 from networks.core.rotation import skew
-from tests.networks.cases import acting, attached, layer_and_input, stream
+from tests.networks.cases import acting, attached, changed, layer_and_input, stream
 from tests.networks.double_precision import assert_same_output_and_gradients
 from tests.networks.lycoris_layers import lycoris_module, output_with, read_by_lycoris
 
@@ -182,17 +182,20 @@ def test_we_read_lycoris_tensors_to_the_same_output(layer_name, settings, dtype)
     torch.testing.assert_close(attached(layer, adapter, x), expected, rtol=tolerance, atol=limit)
 
 
-def test_only_one_activation_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("places", [10, 200], ids=["fewer outputs than weights", "fewer weights than outputs"])
+def test_the_smaller_of_weight_and_output_is_turned_and_no_stage_is_kept(places):
     layer = torch.nn.Linear(64, 320, bias=False).requires_grad_(False)
     adapter = acting(BOFTModule(LayerSpec.of(layer), rank=10)).train()
-    x = torch.randn(2, 50, 64, generator=stream(), requires_grad=True)
-    sizes = []
+    x = torch.randn(2, places, 64, generator=stream())
+    output = layer(x)
+    kept = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel())
+        kept.append(tensor.shape)
         return tensor
 
-    output = layer(x)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        adapter(layer, x, output)
-    assert sum(size >= output.numel() for size in sizes) == 1
+        found = adapter(layer, x, output)
+    smaller = min(output.numel(), layer.weight.numel())
+    assert len([shape for shape in kept if shape != x.shape and shape.numel() >= smaller]) <= 1
+    torch.testing.assert_close(found, changed(layer, adapter, x), rtol=1e-4, atol=1e-5)
