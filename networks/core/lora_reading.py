@@ -32,7 +32,7 @@ def check_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
     strange = [name for name in tensors if name not in _KNOWN]
     if strange:
         raise ValueError(f"has tensors that do not belong to a LoRA layer: {', '.join(strange)}")
-    if "diff_b" in tensors and not spec.has_bias:
+    if "diff_b" in tensors and not spec.has_bias and tensors["diff_b"].any():
         raise ValueError("has a change of the bias (diff_b), but the base layer has no bias")
     found = [name for name in RESIDUE if name in tensors]
     if found and len(found) < len(RESIDUE):
@@ -42,7 +42,7 @@ def check_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
 def plain_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same change without a middle factor, and with its scale as alpha; all else as it is.
 
-    A `scale`, which one reader of the field lets replace alpha / rank, does so here.
+    A change of a bias that is not there is left out; `check_lora` sees that it is none. A `scale`, which one reader of the field lets replace alpha / rank, does so here.
 
     Raises:
         ValueError: an alpha or scale that is infinite, not a number, or more than one number; factors that do not go
@@ -60,6 +60,8 @@ def plain_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         plain[DOWN] = without_middle(down, middle)
         if "alpha" in plain:
             plain["alpha"] = plain["alpha"] * len(middle) / len(down)
+    if not spec.has_bias:
+        plain.pop("diff_b", None)
     if all(name in plain for name in RESIDUE):
         _check_residue(spec, *(plain[name] for name in RESIDUE))
     return plain
