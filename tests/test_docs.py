@@ -9,7 +9,12 @@ from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.options import all_options
 from library.cli.training_options import TRAINING_OPTIONS
 from library.generation.prompt_options import PREVIEW_OPTIONS
+from networks.core import creation
+from networks.core.algorithms import ALGORITHMS, algorithm
+from networks.core.presets import PRESETS
+from networks.core.selection import SELECTION_ARGUMENTS
 from networks.extract_lora_from_dylora import OPTIONS as EXTRACTION_OPTIONS
+from networks.registry import NETWORK_MODULES
 from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,3 +58,24 @@ def test_all_pages_stand_in_the_index():
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in index
     ] == []
+
+
+def network_arguments():
+    shared = creation.RANK_ARGUMENTS | creation.RATE_ARGUMENTS | creation.START_ARGUMENTS | creation.SCALE_ARGUMENTS
+    own = [algorithm(name) for name in ALGORITHMS]
+    return {*shared, *SELECTION_ARGUMENTS, *(key for each in own for key in (*each.arguments, *each.training_arguments))}
+
+
+def test_the_page_of_adapters_tells_of_every_argument_and_of_no_other():
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    section = page[page.index("## Arguments") : page.index("## DyLoRA")]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `") and "=" not in line.split("|")[1]]
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row)} - {"ia3", "full"}
+    patterns = set(re.findall(r"^\| `(\w+)=", section, re.MULTILINE))
+    assert network_arguments() <= named | patterns
+    assert {key for key in named if key not in PRESETS} - network_arguments() == set()
+
+
+def test_the_page_of_adapters_tells_of_every_module_and_preset():
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    assert [name for name in [*NETWORK_MODULES, *PRESETS] if f"`{name}`" not in page] == []
