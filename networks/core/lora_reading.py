@@ -32,8 +32,6 @@ def check_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
     strange = [name for name in tensors if name not in _KNOWN]
     if strange:
         raise ValueError(f"has tensors that do not belong to a LoRA layer: {', '.join(strange)}")
-    if "diff_b" in tensors and not spec.has_bias and tensors["diff_b"].any():
-        raise ValueError("has a change of the bias (diff_b), but the base layer has no bias")
     found = [name for name in RESIDUE if name in tensors]
     if found and len(found) < len(RESIDUE):
         raise ValueError(f"has {', '.join(found)} without {', '.join(name for name in RESIDUE if name not in found)}")
@@ -42,10 +40,11 @@ def check_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
 def plain_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same change without a middle factor, and with its scale as alpha; all else as it is.
 
-    A change of a bias that is not there is left out; `check_lora` sees that it is none. A `scale`, which one reader of the field lets replace alpha / rank, does so here.
+    A `scale`, which one reader of the field lets replace alpha / rank, does so here. A change of 0 is left out for a bias
+    that is not there.
 
     Raises:
-        ValueError: an alpha or scale that is infinite, not a number, or more than one number; factors that do not go
+        ValueError: another change of that bias; an alpha or scale that is infinite, not a number, or more than one number; factors that do not go
             together; a residue that does not fit the layer.
     """
     plain = dict(tensors)
@@ -60,8 +59,8 @@ def plain_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         plain[DOWN] = without_middle(down, middle)
         if "alpha" in plain:
             plain["alpha"] = plain["alpha"] * len(middle) / len(down)
-    if not spec.has_bias:
-        plain.pop("diff_b", None)
+    if not spec.has_bias and plain.pop("diff_b", torch.zeros(1)).any():
+        raise ValueError("has a change of the bias (diff_b), but the base layer has no bias")
     if all(name in plain for name in RESIDUE):
         _check_residue(spec, *(plain[name] for name in RESIDUE))
     return plain

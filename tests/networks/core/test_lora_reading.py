@@ -104,6 +104,8 @@ def test_a_change_of_a_bias_that_is_not_there_is_refused():
     spec = LayerSpec(weight_shape=(5, 4))
     with pytest.raises(ValueError, match="change of the bias .diff_b., but the base layer has no bias"):
         LoRAModule.from_tensors(spec, factors(spec) | {"diff_b": normal(5)})
+    with pytest.raises(ValueError, match="the base layer has no bias"):
+        LoRAModule(spec, rank=3, alpha=1).load_tensors(factors(spec) | {"diff_b": normal(5)})
     assert "diff_b" not in LoRAModule.from_tensors(spec, factors(spec) | {"diff_b": torch.zeros(5)}).tensors()
 
 
