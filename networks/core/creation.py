@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError
 from library.families.family import ModelFamily
 from library.streams import torch_stream
@@ -298,7 +299,8 @@ def create_network_from_weights(
 
     Args:
         name: of the algorithm whose `network_args` are taken; what the file holds may be of any.
-        file, weights_sd: the file, or its tensors if they were read already.
+        file, weights_sd: the file, or its tensors if they were read already. A file beside them gives its metadata, which
+            say how PEFT's layout is scaled.
         for_inference: without effect; the same modules serve both.
         allow_unmatched: accept layers of the file that the models have not; they are left out.
         network_args: drop-outs and learning rates; layers, ranks and alphas are the file's.
@@ -333,11 +335,14 @@ def create_network_from_weights(
 
 
 def _adapter_given(file: str | Path | None, tensors: Mapping[str, Tensor] | None, family: ModelFamily) -> files.AdapterFile:
-    if tensors is not None:
-        return files.adapter_of_tensors(tensors, family, where=str(file) if file is not None else "the adapter")
-    if file is None:
+    if file is None and tensors is None:
         raise ValueError("give a file or its tensors")
-    return files.read_adapter(file, family)
+    if tensors is None:
+        return files.read_adapter(str(file), family)
+    if file is None:
+        return files.adapter_of_tensors(tensors, family)
+    metadata = files.adapter_metadata(open_tensor_file(file)) if Path(file).is_file() else {}
+    return files.adapter_of_tensors(tensors, family, metadata=metadata, where=str(file))
 
 
 def _adapter_of_file(

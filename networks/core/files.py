@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from networks.core.adapter import Adapter
 from networks.core.algorithms import algorithm, algorithm_of
 from networks.core.keys import by_layer, ignored_keys, to_kohya
 from networks.core.peft_metadata import METADATA_KEY
+
+if TYPE_CHECKING:
+    from library.checkpoints.tensor_places import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +61,15 @@ def read_adapter(path: str | Path, family: ModelFamily) -> AdapterFile:
 
     file = open_tensor_file(path)
     tensors = {key: file.read(key) for key in file.keys()}  # noqa: SIM118 (a TensorFile is no mapping)
-    return adapter_of_tensors(tensors, family, metadata=file.metadata | _settings_beside(Path(path)), where=str(path))
+    return adapter_of_tensors(tensors, family, metadata=adapter_metadata(file), where=str(path))
 
 
-def _settings_beside(path: Path) -> dict[str, str]:
-    """What PEFT's own folders say of their weights in a second file, as metadata."""
-    config = path.with_name("adapter_config.json")
-    return {METADATA_KEY: read_text(config, where=str(config))} if path.stem == "adapter_model" and config.is_file() else {}
+def adapter_metadata(file: TensorFile) -> dict[str, str]:
+    """A file's metadata, with what PEFT's own folders say of their weights in a second file beside it."""
+    config = file.path.with_name("adapter_config.json")
+    if file.path.stem != "adapter_model" or not config.is_file():
+        return file.metadata
+    return file.metadata | {METADATA_KEY: read_text(config, where=str(config))}
 
 
 def adapter_of_tensors(
