@@ -257,7 +257,7 @@ class LoRAModule(AdditiveAdapter):
     @classmethod
     def from_tensors(cls, spec: LayerSpec, tensors: Mapping[str, Tensor], **options: Any) -> Self:
         """See `Adapter.from_tensors`; options are the drop-outs."""
-        check_lora(spec, tensors)
+        check_lora(tensors)
         plain = plain_lora(spec, tensors)
         rank = len(plain[DOWN])
         residue = plain["bias_values"].numel() if "bias_values" in plain else 0

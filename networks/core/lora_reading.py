@@ -21,8 +21,8 @@ spite of its name."""
 _KNOWN = {DOWN, UP, MIDDLE, "alpha", "scale", "dora_scale", "diff_b", *RESIDUE}
 
 
-def check_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not a LoRA layer's, or that belong to another layer.
+def check_lora(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not a LoRA layer's.
 
     Raises:
         ValueError: with their names.
@@ -44,8 +44,8 @@ def plain_lora(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     that is not there.
 
     Raises:
-        ValueError: another change of that bias; an alpha or scale that is infinite, not a number, or more than one number; factors that do not go
-            together; a residue that does not fit the layer.
+        ValueError: another change of that bias; an alpha or scale that is infinite, not a number, or more than one number;
+            factors that do not go together; a residue that does not fit the layer.
     """
     plain = dict(tensors)
     for name in ("alpha", "scale"):
@@ -71,7 +71,7 @@ def without_middle(down: Tensor, middle: Tensor) -> Tensor:
 
         dW[o, i, ...] = sum_pq up[o, p] middle[p, q, ...] down[q, i]
 
-    (LyCORIS, arXiv:2309.14859, section 3.1, where it is called CP decomposition.)
+    (the Tucker, or CP, decomposition of LyCORIS, arXiv:2309.14859)
 
     Args:
         down: (q, in), or (q, in, 1, 1).

@@ -70,7 +70,7 @@ def principal_factors(weight: Tensor, rank: int, generator: torch.Generator) -> 
     """PiSSA: the weight's largest singular values and vectors, shared evenly by the factors.
 
     Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
-    arXiv:2404.02948, equations 2 and 3.
+    arXiv:2404.02948, section 3.
 
     Returns:
         down (n, columns) and up (rows, n); n is the rank, or the weight's smaller side where that is less.
