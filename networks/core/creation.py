@@ -55,6 +55,8 @@ RANK_ARGUMENTS: dict[str, Parser] = {
 }
 """Ranks and alphas beside `network_dim` and `network_alpha`."""
 
+_ALPHA_ARGUMENTS = ("conv_alpha", "block_alphas", "conv_block_alphas", "network_reg_alphas")
+
 START_ARGUMENTS: dict[str, Parser] = {"seed": arguments.whole_number}
 """Where the initial values come from."""
 
@@ -174,7 +176,7 @@ def create_network(
     shared = RANK_ARGUMENTS | RATE_ARGUMENTS | START_ARGUMENTS | SCALE_ARGUMENTS | SELECTION_ARGUMENTS
     values = arguments.read_arguments(network_args, shared | _own_arguments(used))
     values = _with_dropout(values, neuron_dropout, used)
-    _note_what_means_nothing(own, network_dim, network_alpha)
+    _note_what_means_nothing(used, network_dim, network_alpha, values)
     selection = read_selection(values, family, default_preset=own.preset)
     rates = rate_factors(values, family.block_count, selection.rules)
     plan = rank_plan(network_dim, network_alpha, values, rates, selection, family.block_count)
@@ -194,6 +196,8 @@ def create_network(
             "leave no layer to adapt", where="--network_args", remedy="give some block a rank and a weight above 0"
         )
     _check_included(selection, targets)
+    if any(name.startswith("loraplus") for name in values) and not any(adapter.plus_parameters() for adapter in adapters):
+        logger.warning("LoRA+ has no effect: %s has no factors that start at zero beside others", own.adapter.title)
     return AdapterNetwork(adapters, targets, family=family, multiplier=multiplier, rate_factors=rates)
 
 
@@ -276,11 +280,20 @@ def _with_dropout(values: Mapping[str, Any], neuron_dropout: float | None, used:
     return result
 
 
-def _note_what_means_nothing(own: Algorithm, network_dim: int | None, network_alpha: float | None) -> None:
-    if network_dim is not None and not own.has_rank:
-        logger.warning("--network_dim has no effect: %s has no rank", own.adapter.title)
-    if network_alpha and not own.has_alpha:
-        logger.warning("--network_alpha has no effect: %s has no alpha", own.adapter.title)
+def _note_what_means_nothing(
+    used: Sequence[Algorithm], network_dim: int | None, network_alpha: float | None, values: Mapping[str, Any]
+) -> None:
+    """Warn of ranks and alphas that none of the algorithms has. (1 is what alpha is where the user does not give it.)"""
+    title = used[0].adapter.title
+    if network_dim is not None and not any(each.has_rank for each in used):
+        logger.warning("--network_dim has no effect: %s has no rank", title)
+    if any(each.has_alpha for each in used):
+        return
+    given = ["--network_alpha"] if network_alpha not in (None, 0, 1) else []
+    given += [f"--network_args {name}" for name in (*_ALPHA_ARGUMENTS, *SCALE_ARGUMENTS) if values.get(name)]
+    instead = "; --network_args constraint limits its rotations" if "constraint" in used[0].arguments else ""
+    for name in given:
+        logger.warning("%s has no effect: %s has no alpha%s", name, title, instead)
 
 
 def create_network_from_weights(
