@@ -70,7 +70,7 @@ def principal_factors(weight: Tensor, rank: int, generator: torch.Generator) -> 
     """PiSSA: the weight's largest singular values and vectors, shared evenly by the factors.
 
     Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
-    arXiv:2404.02948, section 3.
+    arXiv:2404.02948.
 
     Returns:
         down (n, columns) and up (rows, n); n is the rank, or the weight's smaller side where that is less.
@@ -83,7 +83,7 @@ def principal_factors(weight: Tensor, rank: int, generator: torch.Generator) -> 
 def orthonormal_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """OLoRA: the first columns of Q and rows of R of the weight's QR decomposition; nothing is drawn.
 
-    Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775, section 3. The first
+    Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775. The first
     columns of Q follow from the same columns of the weight, so these alone are decomposed.
 
     Returns:

@@ -122,6 +122,16 @@ def test_half_precision_rounds_the_change_and_not_the_base():
     assert (start.bfloat16() - start).norm() > 0.01 * delta.norm(), "the case must be one in which this matters"
 
 
+@pytest.mark.parametrize(("layer_name", "axis"), [("linear", -1), ("conv 3x3", 1)])
+def test_rank_dropout_leaves_a_rank_out_with_its_start(layer_name, axis):
+    layer, x = layer_and_input(layer_name)
+    adapter = acting(started("pissa", layer, rank_dropout=0.5)).train()
+    torch.manual_seed(0)
+    kept, kept_of_start = (half != 0 for half in adapter._hidden(x)[0].chunk(2, dim=axis))
+    assert 0 < kept.float().mean() < 1
+    assert kept.equal(kept_of_start)
+
+
 def test_an_odd_rank_has_no_halves(sd1):
     with pytest.raises(UserError, match="init=orthogonal needs an even rank, not 3"):
         lora.create_network(1.0, 3, 1, None, sd1.text_encoder, sd1.unet, init="orthogonal")
