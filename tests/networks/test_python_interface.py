@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.families.sd1 import SD1
 from networks import lora
 from networks.core.keys import to_original, to_peft
 from networks.lora import LoRAModule, create_network_from_weights
 from tests.networks.test_interchange import pipeline
 
 STRENGTHS = (0.5, 0.7, 0.5)
-OLD_NAMES = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
+OLD = {"A": "lora_linear_layer.down", "B": "lora_linear_layer.up"}
 
 
 @pytest.fixture
@@ -31,36 +32,36 @@ def picture(pipe) -> torch.Tensor:
     return torch.from_numpy(images[0])
 
 
-def stored(tensors, layout, path):
-    """One LoRA file in a layout, with alpha = rank; returns what `load_file` or `torch.load` gives."""
-    from library.families.sd1 import SD1
+def trained(models, perturb) -> list[dict[str, torch.Tensor]]:
+    """The tensors of three networks, with alpha = rank."""
+    networks = [
+        lora.create_network(1.0, 4, 4, None, models.text_encoder, models.unet, conv_dim=2, conv_alpha=2) for _ in "abc"
+    ]
+    return [
+        {key: value.detach().half() for key, value in perturb(network, number, 0.08).file_tensors().items()}
+        for number, network in enumerate(networks)
+    ]
 
+
+def stored(tensors, layout, path):
+    """One LoRA file in a layout; returns what `load_file` or `torch.load` gives."""
     if layout == "original names":
         tensors = to_original(tensors, SD1)
-    elif layout != "kohya" and layout != ".ckpt":
+    elif layout in ("PEFT", "old diffusers"):
         tensors, _ = to_peft(tensors, SD1)
-        if layout == "old diffusers":
-            tensors = {
-                key.replace("lora_A", OLD_NAMES["lora_A"]).replace("lora_B", OLD_NAMES["lora_B"]): value
-                for key, value in tensors.items()
-            }
-    tensors = {key: value.to(torch.float16).contiguous() for key, value in tensors.items()}
+    if layout == "old diffusers":
+        tensors = {key.replace("lora_A", OLD["A"]).replace("lora_B", OLD["B"]): value for key, value in tensors.items()}
     if layout == ".ckpt":
-        torch.save(tensors, path.with_suffix(".ckpt"))
-        return torch.load(path.with_suffix(".ckpt"), weights_only=True)
-    save_file(tensors, path)
+        torch.save(tensors, path)
+        return torch.load(path, weights_only=True)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
     return load_file(path)
 
 
-@pytest.fixture(params=["kohya", ".ckpt", "PEFT", "old diffusers", "original names"])
+@pytest.fixture(params=["kohya", "PEFT"])
 def weights(request, sd1, perturb, tmp_path):
     """The tensors of three files."""
-    found = []
-    for number in (1, 2, 3):
-        network = lora.create_network(1.0, 4, 4, None, sd1.text_encoder, sd1.unet, conv_dim=2, conv_alpha=2)
-        tensors = {key: value.detach() for key, value in perturb(network, number, 0.08).file_tensors().items()}
-        found.append(stored(tensors, request.param, tmp_path / f"lora{number}.safetensors"))
-    return found
+    return [stored(tensors, request.param, tmp_path / "lora") for tensors in trained(sd1, perturb)]
 
 
 def test_the_documentations_example(pipe, weights):
@@ -99,6 +100,7 @@ def test_the_documentations_example(pipe, weights):
     assert torch.equal(picture(pipe), plain)
 
 
+@pytest.mark.parametrize("weights", ["PEFT"], indirect=True)
 def test_merging_instead_gives_the_same_picture(pipe, weights):
     def attached(sd, strength):
         network, sd = create_network_from_weights(strength, None, pipe.vae, pipe.text_encoder, pipe.unet, sd)
@@ -118,6 +120,7 @@ def test_merging_instead_gives_the_same_picture(pipe, weights):
     assert (merged - expected).abs().mean() < 0.02 < (merged - plain).abs().mean(), "the same picture, but for bf16"
 
 
+@pytest.mark.parametrize("weights", ["kohya"], indirect=True)
 def test_merged_networks_leave_the_weights_as_they_were(pipe, weights):
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     plain = picture(pipe)
@@ -131,19 +134,20 @@ def test_merged_networks_leave_the_weights_as_they_were(pipe, weights):
     assert torch.equal(picture(pipe), plain)
 
 
-def test_a_files_own_tensors_can_be_loaded_without_ours(pipe, weights):
-    """`load_state_dict` also takes what was read, under its names there."""
-    network, ours = create_network_from_weights(1.0, None, None, pipe.text_encoder, pipe.unet, weights[0])
-    again, _ = create_network_from_weights(1.0, None, None, pipe.text_encoder, pipe.unet, weights[1])
-    again.load_state_dict(weights[0])
-    loaded = again.state_dict()
-    assert ours.keys() == loaded.keys()
-    assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())
+@pytest.mark.parametrize("layout", ["kohya", ".ckpt", "PEFT", "old diffusers", "original names"])
+def test_every_layout_makes_the_same_network(sd1, perturb, tmp_path, layout):
+    """Also by `load_state_dict` with what was read, under its names there."""
+    first, second, _ = trained(sd1, perturb)
+    read = stored(first, layout, tmp_path / "lora")
+    network, ours = create_network_from_weights(1.0, None, None, sd1.text_encoder, sd1.unet, read)
+    other, _ = create_network_from_weights(1.0, None, None, sd1.text_encoder, sd1.unet, second)
+    other.load_state_dict(read)
+    for found in (ours, network.state_dict(), other.state_dict()):
+        assert found.keys() == first.keys()
+        assert all(torch.equal(value, first[key].float()) for key, value in found.items())
 
 
 def test_a_file_beside_its_tensors_gives_the_metadata(sd1, perturb, tmp_path):
-    from library.families.sd1 import SD1
-
     network = perturb(lora.create_network(1.0, 4, 1, None, sd1.text_encoder, sd1.unet))
     tensors, metadata = to_peft(network.file_tensors(), SD1)
     path = tmp_path / "peft.safetensors"
