@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from library.errors import UserError, near_names
 from networks.core.algorithms import ALGORITHMS
+
+if TYPE_CHECKING:
+    from networks.core.third_party import ThirdPartyModule
 
 NETWORK_MODULES: dict[str, str] = {
     entry.place.partition(":")[0]: entry.title for entry in ALGORITHMS.values() if entry.place.endswith(":ALGORITHM")
@@ -48,8 +52,8 @@ def _exists(name: str) -> bool:
         return False
 
 
-def load_network_module(name: str) -> ModuleType:
-    """Import the module of a `--network_module` name.
+def load_network_module(name: str) -> ModuleType | ThirdPartyModule:
+    """Import the module of a `--network_module` name; a third party's comes behind our interface.
 
     Raises:
         UserError: an unknown name, a module that does not import, or one without `create_network`.
@@ -62,4 +66,8 @@ def load_network_module(name: str) -> ModuleType:
         raise UserError(f"does not import ({error})", where=where, remedy="install what it needs") from error
     if not callable(getattr(module, "create_network", None)):
         raise UserError("is not a network module: it has no function create_network", where=where, remedy=_known())
-    return module
+    if resolved in NETWORK_MODULES:
+        return module
+    from networks.core.third_party import ThirdPartyModule
+
+    return ThirdPartyModule(module, name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.options import GenerationOptions
 from library.generation.pipeline import Pipeline, PipelineModels
+from networks.core.third_party import require_all_loaded
 from networks.registry import load_network_module
 
 
@@ -48,14 +47,10 @@ def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[
     """Every adapter on the models or, with --network_merge, in their weights; returns those that are attached."""
     networks = []
     for use in options.networks:
-        create = getattr(load_network_module(use.module), "create_network_from_weights", None)
-        if create is None:
-            raise UserError("cannot read adapter files", where=f"--network_module {use.module}")
-        network, weights = create(
+        module: Any = load_network_module(use.module)
+        network, weights = module.create_network_from_weights(
             use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
         )
-        if network is None:
-            raise UserError("is no file of this module", where=f"--network_weights {use.file}")
         report = getattr(network, "load_report", None)
         if report is not None:
             print(f"{use.file.name}: {report}")
@@ -65,18 +60,7 @@ def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[
                 raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
             network.merge_to(models.text_encoders, models.denoiser, weights, parameter.dtype, parameter.device)
             continue
-        network.apply_to(models.text_encoders, models.denoiser)
-        _load(network, weights, use.file)
+        network.apply_to(models.text_encoders, models.denoiser, True, True)
+        require_all_loaded(network.load_state_dict(weights, strict=False), f"--network_weights {use.file}")
         networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
     return networks
-
-
-def _load(network: Any, weights: Mapping[str, Any], file: Path) -> None:
-    """Give a network its tensors; those it has no place for are an error, whoever wrote the network."""
-    unexpected = getattr(network.load_state_dict(weights, strict=False), "unexpected_keys", ())
-    if unexpected:
-        raise UserError(
-            f"{len(unexpected)} of its {len(weights)} tensors have no place in the network ({unexpected[0]}, ...)",
-            where=f"--network_weights {file}",
-            remedy="give the module it was trained with as --network_module",
-        )

@@ -21,6 +21,8 @@ from library.training import preparation as prepare
 from library.training.caption_lengths import cut_caption_notes
 from library.training.options import TrainingOptions
 from library.training.plan import PlanFacts, RunLength, run_length
+from networks.core.third_party import ThirdPartyModule
+from networks.registry import load_network_module
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -157,6 +159,9 @@ def skeleton_network(run: PlannedRun) -> Any:
     """The network on a base without weights: arguments are checked and sizes known before anything is loaded."""
     encoders = run.base.empty_text_encoders()
     unet: Any = run.base.empty_denoiser()
+    if isinstance(load_network_module(run.options.network.module), ThirdPartyModule):
+        for model in (*encoders, unet):
+            model.to_empty(device="cpu")  # they may look at weights, of which meta tensors have none
     network = attached_network(run, encoders, unet)
     prepare.rehearse(network, run.options, run.length.steps)
     return network

@@ -131,15 +131,9 @@ def create_network(options: NetworkOptions, text_encoders: Sequence[nn.Module], 
         settings = dict(options.args) | ({} if options.dropout is None else {"dropout": options.dropout})
         network, _ = module.create_network_from_weights(1, str(options.weights), None, encoder, unet, **settings)
         return network
-    try:
-        return module.create_network(
-            1.0, options.dim, options.alpha, None, encoder, unet, neuron_dropout=options.dropout, **options.args
-        )
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if module.__name__.startswith("networks."):
-            raise
-        where = f"--network_module {options.module}"
-        raise UserError(f"makes no network for this base model ({type(error).__name__}: {error})", where=where) from error
+    return module.create_network(
+        1.0, options.dim, options.alpha, None, encoder, unet, neuron_dropout=options.dropout, **options.args
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +193,10 @@ def load_start_weights(network: Any, options: NetworkOptions) -> None:
     Raises:
         UserError: the file does not fit the network.
     """
+    from networks.core.third_party import require_all_loaded
+
     if options.weights:
-        network.load_weights(str(options.weights))
+        require_all_loaded(network.load_weights(str(options.weights)), f"--network_weights {options.weights}")
 
 
 def network_lines(network: Any, options: NetworkOptions, *, own_rate: bool = False) -> list[str]:

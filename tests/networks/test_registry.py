@@ -26,7 +26,7 @@ def test_third_party_modules_pass_through(monkeypatch):
     with pytest.raises(UserError, match="their_adapters: is not a network module: it has no function create_network"):
         registry.load_network_module("their_adapters")
     module.create_network = lambda: None
-    assert registry.load_network_module("their_adapters") is module
+    assert registry.load_network_module("their_adapters").module is module
 
 
 @pytest.mark.parametrize(
