@@ -37,6 +37,8 @@ from networks.core.lora_starts import (
     orthogonal_start,
     principal_start,
     read_start,
+    since_start,
+    start_and_now,
 )
 from networks.core.network import AdapterNetwork
 
@@ -127,18 +129,11 @@ class LoRAModule(AdditiveAdapter):
             self.start_up.copy_(up.detach())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """`down` and `up` of the plain LoRA that acts, of twice the rank where the start does not count.
-
-        These halves of it are as small as the change itself,
-
-            up @ down - up0 @ down0 = (up - up0) @ down + up0 @ (down - down0)
-
-        so half precision rounds the change, and not the much larger parts of the base.
-        """
+        """`down` and `up` of the plain LoRA that acts, of twice the rank where the start does not count."""
         down, up = self.lora_down.weight, self.lora_up.weight
         if self.start_down is None or self.start_up is None:
             return down, up
-        return torch.cat([down, down - self.start_down]), torch.cat([up - self.start_up, self.start_up], dim=1)
+        return since_start(down, up, self.start_down, self.start_up)
 
     def own_delta(self) -> Tensor:
         """See `AdditiveAdapter.own_delta`."""
@@ -297,11 +292,10 @@ class LoRAModule(AdditiveAdapter):
             return plain
         down, up = plain[DOWN].float(), plain[UP].float()
         if len(down) != 2 * self.rank:
-            starts = torch.zeros_like(self.start_down), torch.zeros_like(self.start_up)
-            return plain | dict(zip(("start_down", "start_up"), starts, strict=True))
-        (down, change), (change_up, start_up) = down.split(self.rank), up.split(self.rank, dim=1)
+            return plain | {"start_down": torch.zeros_like(self.start_down), "start_up": torch.zeros_like(self.start_up)}
+        down, up, start_down, start_up = start_and_now(down, up)
         halved = {"alpha": plain["alpha"] / 2} if "alpha" in plain else {}
-        return plain | halved | {DOWN: down, UP: start_up + change_up, "start_down": down - change, "start_up": start_up}
+        return plain | halved | {DOWN: down, UP: up, "start_down": start_down, "start_up": start_up}
 
 
 LoRANetwork = AdapterNetwork

@@ -121,6 +121,29 @@ def principal_start(
     up[:, :count] = (found_up / share).view(len(up), count, *up.shape[2:])
 
 
+def since_start(down: Tensor, up: Tensor, start_down: Tensor, start_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of `up @ down - start_up @ start_down`, each as small as that difference itself,
+
+        (up - start_up) @ down + start_up @ (down - start_down)
+
+    so that half precision rounds the difference, and not the much larger parts of the base.
+
+    Args:
+        down, start_down: (rank, in, ...).
+        up, start_up: (out, rank, ...).
+
+    Returns:
+        down (2 rank, in, ...) and up (out, 2 rank, ...).
+    """
+    return torch.cat([down, down - start_down]), torch.cat([up - start_up, start_up], dim=1)
+
+
+def start_and_now(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reverse of `since_start`, for any factors of twice the rank: down, up, start_down, start_up."""
+    (now_down, change_down), (change_up, start_up) = down.chunk(2), up.chunk(2, dim=1)
+    return now_down, start_up + change_up, now_down - change_down, start_up
+
+
 def leading_singular_vectors(matrix: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values of a matrix and their vectors.
 
