@@ -17,6 +17,7 @@ DOORS = (
     "tools/convert_diffusers20_original_sd.py",
     "networks/extract_lora_from_dylora.py",
     "networks/check_lora_weights.py",
+    "networks/convert_lora.py",
 )
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "cv2", "bitsandbytes", "huggingface_hub"}
 LONGEST_FUNCTION = 80  # lines, the docstring not counted

@@ -107,7 +107,7 @@ def measure_layer(name: str, tensors: Mapping[str, Tensor], family: ModelFamily)
         alpha=float(tensors["alpha"].flatten()[0]) if "alpha" in tensors else None,
         bad=tuple(tensor for tensor, value in tensors.items() if not _is_sound(tensor, value, tensors)),
     )
-    spec = spec_of_tensors(name, tensors)
+    spec = spec_of_tensors(name, tensors, family)
     if spec is None:
         return measure
     try:

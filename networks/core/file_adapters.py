@@ -73,14 +73,16 @@ def adapter_of_layer(name: str, tensors: LayerTensors, spec: LayerSpec) -> Adapt
     return algorithm(found).adapter.from_tensors(spec, tensors)
 
 
-_WIDE = re.compile(r"_(conv1|conv2|conv_in|conv_out|samplers_\d+_conv)$")
+_WIDE = re.compile(r"(_conv1|_conv2|_conv_in|_conv_out|samplers_\d+_conv)$")
+_POINTWISE = re.compile(r"_conv_shortcut$")
+_PROJECTION = re.compile(r"_attentions_\d+_proj_(in|out)$")
 _SIDE = 3  # of the kernels of all layers that have one
 
 
-def spec_of_tensors(name: str, tensors: LayerTensors) -> LayerSpec | None:
+def spec_of_tensors(name: str, tensors: LayerTensors, family: ModelFamily) -> LayerSpec | None:
     """The base layer, as far as its adapter's tensors show it; None where they do not ((IA)3, OFT, a bias alone).
 
-    Factors that lost their kernel's axes get them back by the layer's name.
+    Some factors have no axes for a kernel, or those of another family's projections; the layer's name tells what it has.
     """
     shapes = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
     shape = _shape_by_factors(shapes)
@@ -88,6 +90,10 @@ def spec_of_tensors(name: str, tensors: LayerTensors) -> LayerSpec | None:
         return None
     if len(shape) == 2 and _WIDE.search(name) and shape[1] % _SIDE**2 == 0:
         shape = (shape[0], shape[1] // _SIDE**2, _SIDE, _SIDE)
+    elif len(shape) > 1 and _PROJECTION.search(name):
+        shape = shape[:2] if family.linear_projections else (*shape[:2], 1, 1)
+    elif len(shape) == 2 and _POINTWISE.search(name):
+        shape = (*shape, 1, 1)
     return LayerSpec(weight_shape=shape, has_bias="diff_b" in tensors or "b_norm" in tensors)
 
 

@@ -6,7 +6,7 @@ Each takes the header, the layers, and what the program's table says of each of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from networks.core.reading import Effect, Findings, Layers
 from networks.core.traits import FileLayer, Header, Trait
@@ -22,14 +22,15 @@ def too_many_strangers(header: Header, layers: Layers, effects: Effects) -> Find
     return Findings()
 
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Projections of a text encoder's attention."""
 
 
-def _text_attention(layers: Layers) -> dict[str, dict[str, str]]:
+def text_attention(layers: Iterable[str]) -> dict[str, dict[str, str]]:
     """Attention of text encoders: name up to the projection -> projection -> layer."""
     found: dict[str, dict[str, str]] = {}
     for name in layers:
-        for projection in _ATTENTION:
+        for projection in ATTENTION:
             if name.endswith(projection) and "self_attn" in name:
                 found.setdefault(name.removesuffix(projection), {})[projection] = name
     return found
@@ -39,7 +40,7 @@ def whole_attention(header: Header, layers: Layers, effects: Effects) -> Finding
     """In OpenCLIP's attention, which is one module, A1111 changes nothing unless all four projections are there."""
     if header.family.text_encoder_layout != "open_clip":
         return Findings()
-    incomplete = [of.values() for of in _text_attention(layers).values() if len(of) < len(_ATTENTION)]
+    incomplete = [of.values() for of in text_attention(layers).values() if len(of) < len(ATTENTION)]
     why = "attention of the text encoder without all of q, k, v and out"
     return Findings(dropped={name: why for names in incomplete for name in names})
 

@@ -55,6 +55,7 @@ class Reader:
         version: that was read or run, with its date.
         verdicts: what it makes of the traits it does not apply rightly.
         rules: about the whole file.
+        wants_one_alpha: whether it misreads alphas that differ by layer.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Reader:
     version: str
     verdicts: Mapping[Trait, Verdict]
     rules: Sequence[FileRule] = ()
+    wants_one_alpha: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
