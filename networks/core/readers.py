@@ -208,7 +208,7 @@ DIFFUSERS = Reader(
 LYCORIS = Reader(
     name="lycoris",
     title="LyCORIS",
-    version="3.3.0, 2025-10-04",
+    version="3.3.0 (2025-10-04) to 4.1.3",
     verdicts={
         **_all(
             _dropped(),

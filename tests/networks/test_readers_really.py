@@ -1,4 +1,5 @@
-"""The table about diffusers against diffusers itself: what it is said to take it takes, what it is said to refuse raises."""
+"""The tables against the programs themselves: what diffusers and LyCORIS are said to take they take, and mean the same; what
+they are said to refuse raises."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from safetensors.torch import save_file
 
 from library.checkpoints.tensor_files import open_tensor_file
 from library.families.sd1 import SD1
+from networks.core.adapter import LayerSpec
+from networks.core.file_adapters import adapter_of_layer
 from networks.core.readers import READERS
 from networks.core.reading import read_by
-from networks.core.traits import read_header
+from networks.core.traits import Header, read_header
 
 ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 FEED = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj"
@@ -118,3 +121,59 @@ def test_the_table_says_what_diffusers_does(kind, pipe, tmp_path):
         meant = float(given["alpha"]) / len(given["lora_down.weight"]) if "alpha" in given else 1.0
         if "dora_scale" not in given:
             assert (scale == pytest.approx(meant)) is (names[name] in said.right), (name, scale, meant)
+
+
+LINEAR = (24, 16)  # outputs and inputs of the layer that LyCORIS gets
+HADAMARD = {f"hada_w{n}_a": (24, 4) for n in (1, 2)} | {f"hada_w{n}_b": (4, 16) for n in (1, 2)}
+LYCORIS_LAYERS = {
+    "lora": {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4), "alpha": ()},
+    "no alpha": {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4)},
+    "DoRA out": {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4), "alpha": (), "dora_scale": (24, 1)},
+    "DoRA in": {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4), "alpha": (), "dora_scale": (1, 16)},
+    "bias beside": {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4), "alpha": (), "diff_b": (24,)},
+    "half": {"lora_up.weight": (24, 4), "alpha": ()},
+    "LoHa": HADAMARD | {"alpha": ()},
+    "LoKr": {"lokr_w1": (4, 4), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 4), "alpha": ()},
+    "GLoRA": {"a1.weight": (16, 4), "a2.weight": (4, 16), "b1.weight": (24, 4), "b2.weight": (4, 16), "alpha": ()},
+    "old GLoRA": {"a1.weight": (4, 16), "a2.weight": (16, 4), "b1.weight": (4, 16), "b2.weight": (24, 4), "alpha": ()},
+    "(IA)3": {"weight": (16,), "on_input": ()},
+    "OFT": {"oft_blocks": (6, 4, 4), "alpha": ()},
+    "BOFT": {"oft_blocks": (3, 4, 6, 6), "alpha": ()},
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS_LAYERS)
+@torch.no_grad()
+def test_the_table_says_what_lycoris_does(kind):
+    modules = pytest.importorskip("lycoris.modules")
+    stream = torch.Generator().manual_seed(3)
+    tensors = {name: 0.3 * torch.randn(shape, generator=stream) for name, shape in LYCORIS_LAYERS[kind].items()}
+    tensors |= {"alpha": torch.tensor(2.0)} if "alpha" in tensors else {}
+    tensors |= {"dora_scale": tensors["dora_scale"].abs() + 1} if "dora_scale" in tensors else {}
+    header = Header(
+        shapes={f"{ATTENTION}.{name}": tuple(tensor.shape) for name, tensor in tensors.items()},
+        scalars={f"{ATTENTION}.alpha": 2.0},
+        family=SD1,
+    )
+    said = read_by(READERS["lycoris"], header)
+    layer, x = torch.nn.Linear(*reversed(LINEAR)), torch.randn(3, LINEAR[1], generator=stream)
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+
+    def theirs():
+        prefixed = {f"{ATTENTION}.{name}": tensor.clone() for name, tensor in tensors.items()}
+        module = modules.make_module(*modules.get_module(prefixed, ATTENTION), ATTENTION, layer)
+        module.apply_to()
+        module.load_state_dict(tensors, strict=False)
+        return layer(x)
+
+    if said.refused is not None:
+        with pytest.raises((TypeError, RuntimeError, AttributeError)):
+            theirs()
+        return
+    output = theirs()
+    spec = LayerSpec(weight_shape=LINEAR, has_bias=True)
+    adapter = adapter_of_layer(ATTENTION, tensors, spec)
+    ours = torch.nn.functional.linear(x, weight + adapter.delta_weight(weight), bias)
+    if adapter.delta_bias() is not None:
+        ours = ours + adapter.delta_bias()
+    assert torch.allclose(output, ours, rtol=1e-4, atol=1e-4) is bool(said.right)
