@@ -248,9 +248,8 @@ def _new_adapter(
     settings = plan.of(target)
     if settings is None:
         return None
-    options = _options(chosen, values) | {
-        name: value for name, value in ruled_options(selection.rules, target).items() if name in chosen.arguments
-    }
+    ruled = ruled_options(selection.rules, target, given=values)
+    options = _options(chosen, ruled)
     rank, alpha = settings
     if chosen.has_rank:
         options["rank"] = rank

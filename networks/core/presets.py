@@ -69,7 +69,7 @@ PRESETS: Mapping[str, Callable[[ModelFamily], Preset]] = {
     ),
     "ia3": lambda family: Preset(
         patterns=(r"^unet\..*\.(to_k|to_v|ff\.net\.2)$", r"^text_encoder\..*\.(k_proj|v_proj|mlp\.fc2)$"),
-        rules=(Rule(pattern=r"\.(ff\.net\.2|mlp\.fc2)$", where="preset", options={"train_on_input": True}),),
+        rules=(Rule(pattern=r"\.(ff\.net\.2|mlp\.fc2)$", where="preset", defaults={"train_on_input": True}),),
     ),
 }
 """LyCORIS' names for choices of layers; "attn-mlp" is what sd-scripts adapts: LierLa, and C3Lier with `conv_dim`."""

@@ -23,7 +23,8 @@ class Rule:
         where: what it was given with, for sentences.
         inside: only layers inside modules of this class; empty for all.
         algorithm, rank, alpha, rate: the settings; None leaves one as it is. The rate is the layers' own learning rate.
-        options: values for the algorithm's constructor.
+        options: values for the algorithm's constructor; they come before those that are given for all layers.
+        defaults: the same, after those.
     """
 
     pattern: str
@@ -34,6 +35,7 @@ class Rule:
     alpha: float | None = None
     rate: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def applies_to(self, target: Target) -> bool:
         """Whether the rule is about a layer."""
@@ -63,10 +65,11 @@ def first_setting(rules: Iterable[Rule], target: Target, setting: str) -> Any:
     )
 
 
-def ruled_options(rules: Iterable[Rule], target: Target) -> dict[str, Any]:
-    """The options of all rules about the layer; the first rule that gives one counts."""
+def ruled_options(rules: Iterable[Rule], target: Target, *, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a layer: those of the rules about it, the ones given for all layers, and the rules' defaults, in that
+    order; the first rule that gives one counts."""
+    about = [rule for rule in rules if rule.applies_to(target)]
     options: dict[str, Any] = {}
-    for rule in rules:
-        if rule.applies_to(target):
-            options = dict(rule.options) | options
+    for source in (*(rule.options for rule in about), given, *(rule.defaults for rule in about)):
+        options = dict(source) | options
     return options

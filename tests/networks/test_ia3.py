@@ -107,6 +107,11 @@ def test_the_papers_layers_in_the_papers_direction(sd1, tmp_path):
     assert [adapter.scales_input for _, adapter in again.items()] == [adapter.scales_input for _, adapter in network.items()]
 
 
+def test_the_direction_that_is_asked_for_comes_before_the_papers(sd1):
+    network = ia3.create_network(1.0, None, None, None, None, sd1.unet, train_on_input="False")
+    assert {adapter.scales_input for _, adapter in network.items()} == {False}
+
+
 def test_other_layers_get_the_direction_that_is_asked_for(sd1):
     for given, expected in ((None, False), ("True", True)):
         network = ia3.create_network(1.0, None, None, None, None, sd1.unet, preset="attn-mlp", train_on_input=given)

@@ -140,6 +140,7 @@ dim = 2
 algo = "lora"
 alpha = 1
 dora_wd = true
+dropout = 0.25
 """
 
 
@@ -154,6 +155,7 @@ def test_a_preset_file_of_lycoris(sd1, tmp_path):
     for target, adapter in network.items():
         assert adapter.rank == (2 if ".ff." in target.path else 4)
         assert ("dora_scale" in adapter.tensors()) == ("to_out" in target.path)
+        assert adapter.dropout == (0.25 if "to_out" in target.path else 0)
 
 
 def test_globs_in_a_preset_file(sd1, tmp_path):
