@@ -53,7 +53,9 @@ def cayley_turn(generators: Tensor) -> Tensor:
         generators: Q, (..., size, size) skew-symmetric.
     """
     identity = torch.eye(generators.shape[-1], dtype=generators.dtype, device=generators.device)
-    return torch.linalg.solve(identity - generators, 2 * generators)
+    # `solve` would wait for the device to see whether the matrix is singular, which I - Q never is.
+    solved: Tensor = torch.linalg.solve_ex(identity - generators, 2 * generators).result
+    return solved
 
 
 class RotationAdapter(Adapter):
