@@ -30,7 +30,10 @@ _OTHER_CHECKPOINTS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)double_blocks\.\d+\.", "a FLUX checkpoint"),
     (r"(^|\.)transformer_blocks\.\d+\.norm1_context\.", "an SD3 or FLUX transformer in diffusers' layout"),
     (r"^(first_stage_model\.)?(effnet|generator)\.|^down_blocks\.0\.0\.channelwise", "a Stable Cascade checkpoint"),
-    (r"^(lora_|lycoris_)\w+\.|\.lora_(down|up|A|B)\.|\.hada_w1_|\.lokr_w1", "an adapter (LoRA) file, not a base model"),
+    (
+        r"^(lora|lycoris|oft)_\w+\.|\.lora_(down|up|A|B)\.|[._]lora(_linear_layer)?\.(down|up)\.|\.hada_w1_|\.lokr_w1",
+        "an adapter (LoRA) file, not a base model",
+    ),
     (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion embedding, not a base model"),
     (r"^(control_model\.|controlnet_)", "a ControlNet, not a base model"),
     (r"^layers\.\d+\.linear\.weight$|^\d+\.linear1\.0\.weight$", "a hypernetwork, not a base model"),

@@ -13,6 +13,7 @@ from library.families.detect import family_of_adapter, family_of_checkpoint
 from library.families.family import ModelFamily
 from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import algorithm, algorithm_of
+from networks.core.files import adapter_metadata
 from networks.core.keys import ignored_keys, kohya_key, split_key, to_kohya
 from networks.core.traits import holds_adapter, is_old_glora
 
@@ -53,9 +54,10 @@ def stream_layers(file: TensorFile, family: ModelFamily) -> Iterator[tuple[str, 
     for key in keys:
         if key not in ignored:
             layers.setdefault(split_key(kohya_key(key, family))[0], []).append(key)
+    metadata = adapter_metadata(file)
     for name, own in layers.items():
         try:
-            tensors = to_kohya({key: file.read(key) for key in own}, family, file.metadata)
+            tensors = to_kohya({key: file.read(key) for key in own}, family, metadata)
         except UserError as error:
             raise UserError(error.what, where=str(file.path), remedy=error.remedy) from None
         yield name, {split_key(key)[1]: tensor for key, tensor in tensors.items()}

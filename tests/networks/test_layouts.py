@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.checkpoints.tensor_files import open_tensor_file
 from networks import lora
+from networks.core.file_adapters import stream_layers
 from networks.core.keys import to_original, to_peft
 from tests.networks.test_interchange import outputs, pipeline
 
@@ -146,7 +148,9 @@ def test_folders_that_peft_saves(models, pipe, tmp_path, part):
     with torch.no_grad():
         unet, text_encoder = outputs(models, pipe.unet, pipe.text_encoder)
     expected = (unet, None) if part == "unet" else (None, text_encoder)
-    assert_acts_like(models, tmp_path / "adapter_model.safetensors", expected)
+    network = assert_acts_like(models, tmp_path / "adapter_model.safetensors", expected)
+    streamed = dict(stream_layers(open_tensor_file(tmp_path / "adapter_model.safetensors"), models.family))
+    assert {name: own["alpha"] / 4 for name, own in streamed.items()} == {t.name: a.scale for t, a in network.items()}
 
 
 KRONECKER = {
