@@ -316,7 +316,11 @@ def _shape_traits(name: str, axes: int, family: ModelFamily) -> Iterator[Trait]:
 def is_old_glora(shapes: Mapping[str, Shape]) -> bool:
     """Whether a GLoRA layer is in the naming of LyCORIS 2, where `a1` and `b1` come first in the product's right half.
 
-    There `a1` is (rank, in) and `a2` (in, rank); since LyCORIS 3, `a1` is (in, rank) and `a2` (rank, in).
+    There a1 and b1 are (rank, in), a2 is (in, rank) and b2 (out, rank); since LyCORIS 3, a1 is (in, rank), b1 (out, rank),
+    a2 and b2 are (rank, in). On a layer with as many inputs as outputs either may be, with inputs and rank in each other's
+    place; then the rank is taken for the smaller of both.
     """
-    rows, columns = shapes["a1.weight"][:2]
-    return rows < columns
+    a1, a2, b1, b2 = (shapes.get(f"{name}.weight", (0, 0)) for name in ("a1", "a2", "b1", "b2"))
+    newer = a1[1] == a2[0] == b1[1] == b2[0]
+    older = a1[0] == a2[1] == b1[0] == b2[1]
+    return older and (not newer or a1[0] < a1[1])

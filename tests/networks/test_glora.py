@@ -7,6 +7,7 @@ import torch
 
 from networks import glora
 from networks.core.adapter import LayerSpec
+from networks.core.traits import is_old_glora
 from networks.glora import GLoRAModule, glora_delta, in_our_naming, other_naming
 from tests.networks.cases import acting, attached, layer_and_input, stream
 from tests.networks.double_precision import assert_same_output_and_gradients
@@ -95,6 +96,17 @@ def test_one_pair_of_shapes_that_tells_is_enough(weight_shape, rank):
     assert in_our_naming(spec, other_naming(tensors)).keys() == tensors.keys()
     assert all(value is tensors[name] for name, value in in_our_naming(spec, other_naming(tensors)).items())
     assert all(value is tensors[name] for name, value in in_our_naming(spec, tensors).items())
+
+
+@pytest.mark.parametrize(
+    ("weight_shape", "rank"),
+    [((16, 4, 3, 3), 8), ((4, 16, 3, 3), 8), ((4, 16), 8), ((16, 4), 4), ((16, 16), 4), ((16, 16, 3, 3), 4), ((16, 16), 16)],
+)
+def test_shapes_alone_tell_the_naming_as_well(weight_shape, rank):
+    tensors = GLoRAModule(LayerSpec(weight_shape=weight_shape), rank=rank, alpha=1.0).tensors()
+    assert not is_old_glora({name: tuple(value.shape) for name, value in tensors.items()})
+    old = {name: tuple(value.shape) for name, value in other_naming(tensors).items()}
+    assert is_old_glora(old) == (weight_shape != (16, 16) or rank != 16)
 
 
 def test_where_shapes_do_not_tell_the_newer_naming_is_taken():
