@@ -15,6 +15,7 @@ DOORS = (
     "train_network.py",
     "gen_img_diffusers.py",
     "tools/convert_diffusers20_original_sd.py",
+    "tools/resize_images_to_resolution.py",
     "networks/extract_lora_from_dylora.py",
     "networks/check_lora_weights.py",
     "networks/convert_lora.py",

@@ -7,6 +7,7 @@ import pytest
 
 from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.options import all_options
+from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS
 from library.cli.training_options import TRAINING_OPTIONS
 from library.generation.prompt_options import PREVIEW_OPTIONS
 from networks.core import creation
@@ -20,7 +21,7 @@ from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = PAGES + sorted((ROOT / "configs").glob("*.toml"))
-OF_OUR_SCRIPTS = (TRAINING_OPTIONS, GENERATION_OPTIONS, CONVERSION_OPTIONS, EXTRACTION_OPTIONS)
+OF_OUR_SCRIPTS = (TRAINING_OPTIONS, GENERATION_OPTIONS, CONVERSION_OPTIONS, EXTRACTION_OPTIONS, RESIZE_IMAGES_OPTIONS)
 OF_OTHER_PROGRAMS = {
     *("num_cpu_threads_per_process", "multi_gpu", "num_processes", "cpu"),  # accelerate launch
     *("help", "check", "logdir"),  # every script, ruff, tensorboard

@@ -15,8 +15,14 @@ sys.path.insert(0, str(ROOT))
 
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
+from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS  # noqa: E402
 from library.cli.training_options import TRAINING_OPTIONS  # noqa: E402
 
+SCRIPTS = {
+    "train_network.py": TRAINING_OPTIONS,
+    "gen_img_diffusers.py": GENERATION_OPTIONS,
+    "tools/resize_images_to_resolution.py": RESIZE_IMAGES_OPTIONS,
+}
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options
 
@@ -27,9 +33,7 @@ known and refused with a sentence, so that nothing is passed over in silence; on
 
 def page() -> str:
     """The whole page as Markdown."""
-    return (
-        INTRODUCTION + _section("train_network.py", TRAINING_OPTIONS) + _section("gen_img_diffusers.py", GENERATION_OPTIONS)
-    )
+    return INTRODUCTION + "".join(_section(title, groups) for title, groups in SCRIPTS.items())
 
 
 def _section(title: str, groups: Sequence[OptionGroup]) -> str:

@@ -38,12 +38,13 @@ def check_writable(path: Path, size: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | str, *, size: int = 0) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | str, *, size: int = 0, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes `path`'s place when the block ends, and leaves no trace when it fails or is interrupted.
 
     Args:
         path: where the file will stand; a link keeps pointing where it does and its target is replaced.
         size: the bytes that will be written, as far as known.
+        durable: wait until the disk has it. Without, a loss of power may undo it; for files that are easily made again.
 
     Raises:
         UserError: from `check_writable`, and for what the system refuses while writing (disk full, quota).
@@ -55,13 +56,15 @@ def atomic_write(path: Path | str, *, size: int = 0) -> Iterator[BinaryIO]:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"could not be written ({error.strerror or error})", where=str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    if durable:
+        _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

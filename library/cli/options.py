@@ -132,9 +132,13 @@ def all_options(groups: Sequence[OptionGroup]) -> dict[str, Option]:
     return {option.name: option for group in groups for option in group.options}
 
 
-def build_parser(groups: Sequence[OptionGroup], *, description: str) -> argparse.ArgumentParser:
+def build_parser(
+    groups: Sequence[OptionGroup], *, description: str, positional: Sequence[Option] = ()
+) -> argparse.ArgumentParser:
     """The argparse parser of a door. It leaves defaults out of its result, so that what was given can be told from them."""
     parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for option in positional:
+        parser.add_argument(option.name, help=option.help)
     for group in groups:
         section = parser.add_argument_group(group.title)
         for option in group.options:
@@ -158,23 +162,26 @@ def _argparse_settings(option: Option) -> dict[str, Any]:
     return settings
 
 
-def parse(argv: Sequence[str], groups: Sequence[OptionGroup], *, description: str) -> ParsedOptions:
+def parse(
+    argv: Sequence[str], groups: Sequence[OptionGroup], *, description: str, positional: Sequence[Option] = ()
+) -> ParsedOptions:
     """Parse a command line and the configuration file it names.
 
-    The command line wins over the file, the file over the defaults.
+    The command line wins over the file, the file over the defaults. `positional` are given by their place, without a name.
 
     Raises:
         UserError: with every unknown name, wrong value and unavailable option at once.
     """
     options = all_options(groups)
-    parser = build_parser(groups, description=description)
+    parser = build_parser(groups, description=description, positional=positional)
     namespace, unknown = parser.parse_known_args(_spelled(argv, options))
     problems = [_unknown_argument(argument, options) for argument in unknown if argument.startswith("-")]
     if unknown and not problems:
         problems.append(UserError(f"what is {unknown[0]!r}? It belongs to no option", remedy="--help lists all options"))
     given: dict[str, Any] = {}
+    known = options | {option.name: option for option in positional}
     for name, raw in vars(namespace).items():
-        _convert_into(given, options[name], raw, f"--{name}", problems)
+        _convert_into(given, known[name], raw, f"--{name}" if name in options else name, problems)
     sources: dict[str, str] = {}
     if given.get("config_file") and not given.get("output_config"):
         for name, value in read_config_file(Path(given["config_file"]), options, problems).items():
@@ -182,7 +189,7 @@ def parse(argv: Sequence[str], groups: Sequence[OptionGroup], *, description: st
                 given[name] = value
                 sources[name] = str(given["config_file"])
     problems += [
-        _unavailable(options[name]) for name, value in given.items() if options[name].later and value not in (False, None)
+        _unavailable(known[name]) for name, value in given.items() if known[name].later and value not in (False, None)
     ]
     raise_all(problems)
     defaults = {name: bool(option.default) if option.type is FLAG else option.default for name, option in options.items()}

@@ -68,16 +68,12 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            width, height = image.size
-            if orientation_of(image) in _SIDES_SWAPPED:
-                width, height = height, width
+            width, height = upright_size(image.size, orientation_of(image))
             kind = image.format or ""
             if _looks_cut_off(file, kind):
                 image.load()
-    except BadImageError:
-        raise
     except Exception as error:  # decoders raise whatever they like on broken data
-        raise BadImageError(_reason(error, path)) from error
+        raise decoding_error(error, path) from error
     if not (width and height):
         raise BadImageError("has a side of 0 pixels")
     return Header((width, height), kind)
@@ -94,26 +90,24 @@ def read_picture(path: Path, data: BinaryIO | None = None) -> Picture:
             image.load()
             return picture_of(image)
     except Exception as error:  # decoders raise whatever they like on broken data
-        raise BadImageError(_reason(error, path)) from error
+        raise decoding_error(error, path) from error
 
 
 def picture_of(image: Image.Image) -> Picture:
     """An opened image as viewers show it: colour, transparency and orientation."""
     orientation = orientation_of(image)
     profile = image.info.get("icc_profile")
-    image = _eight_bits(image)
+    image = eight_bits(image)
     alpha = None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    image = _to_srgb(image, profile)
+    image = to_srgb(image, profile)
     if alpha is not None:
         white = Image.new("RGB", image.size, (255, 255, 255))
         image = Image.composite(image, white, alpha)
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-        alpha = alpha.transpose(_TURNS[orientation]) if alpha is not None else None
-    return Picture(np.asarray(image), None if alpha is None else np.asarray(alpha))
+    shown = np.asarray(turned(image, orientation))
+    return Picture(shown, None if alpha is None else np.asarray(turned(alpha, orientation)))
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -121,6 +115,16 @@ def orientation_of(image: Image.Image) -> int:
     if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
         return 1  # asking a PNG for its EXIF would decode the picture
     return image.getexif().get(ORIENTATION_TAG, 1)
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Upright, where it is stored in an EXIF orientation."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def upright_size(size: Size, orientation: int) -> Size:
+    """(width, height) after `turned`."""
+    return (size[1], size[0]) if orientation in _SIDES_SWAPPED else size
 
 
 def resize_and_crop(array: np.ndarray, fit: Fit, offset: Size, interpolation: str | None = None) -> np.ndarray:
@@ -197,7 +201,7 @@ def opencv() -> Any:
     return cv2
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """Images of 16 or more bits a channel scaled to 8; all others as they are. Transparency becomes an alpha channel."""
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image
@@ -209,11 +213,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return scaled
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB by way of the embedded profile; a broken profile, or one of another colour space, is left aside, as viewers do."""
-    if profile:
-        space = _profile_space(profile)
-        mode = _PROFILE_SPACES.get(space)
+    if profile and not _is_srgb(profile):
+        mode = _PROFILE_SPACES.get(profile_space(profile))
         if mode == "L" and image.mode in ("1", "L", "LA"):
             image = image.convert("L")
         elif mode == "RGB" and image.mode not in ("CMYK", "LAB"):
@@ -225,15 +228,20 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def _profile_space(profile: bytes) -> str:
-    """The colour space that a profile describes; "" for sRGB itself and for what is no profile."""
+def profile_space(profile: bytes) -> str:
+    """The colour space that a profile describes ("RGB ", "GRAY", "CMYK"); "" for what is no profile."""
     try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if ImageCms.getProfileDescription(opened).strip().startswith("sRGB"):
-            return ""
+        return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return ""
-    return opened.profile.xcolor_space
+
+
+@lru_cache(maxsize=64)
+def _is_srgb(profile: bytes) -> bool:
+    try:
+        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip().startswith("sRGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return False
 
 
 @lru_cache(maxsize=64)
@@ -263,10 +271,12 @@ def _looks_cut_off(file: Any, kind: str) -> bool:
     return ending not in file.read()
 
 
-def _reason(error: Exception, path: Path) -> str:
+def decoding_error(error: Exception, path: Path) -> BadImageError:
     """Why an image cannot be read, short."""
+    if isinstance(error, BadImageError):
+        return error
     if isinstance(error, FileNotFoundError):
-        return "is not there"
+        return BadImageError("is not there")
     if isinstance(error, UnidentifiedImageError):
-        return "is empty" if path.stat().st_size == 0 else "is not an image"
-    return f"cannot be decoded ({str(error) or type(error).__name__})"
+        return BadImageError("is empty" if path.stat().st_size == 0 else "is not an image")
+    return BadImageError(f"cannot be decoded ({str(error) or type(error).__name__})")
