@@ -48,6 +48,22 @@ def test_the_effect_on_the_output_is_that_of_the_changed_weight(case, layer_name
 
 
 @everywhere
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_by_autocast_and_throughout_is_near(case, layer_name, dtype, training):
+    layer, x = layer_and_input(layer_name)
+    adapter = acting(new_adapter(case, layer)).train(training)
+    expected = attached(layer, adapter, x)
+    with torch.autocast("cpu", dtype):
+        under_autocast = attached(layer, adapter, x)
+    throughout = attached(layer.to(dtype), adapter.to(dtype), x.to(dtype))
+    assert throughout.dtype == dtype
+    tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+    for out in (under_autocast, throughout):
+        torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@everywhere
 def test_strength_zero_and_removal_give_the_base_bit_for_bit(case, layer_name):
     layer, x = layer_and_input(layer_name)
     adapter = acting(new_adapter(case, layer))
