@@ -143,13 +143,15 @@ class LoHaModule(AdditiveAdapter):
 
     @property
     def acts_as_one_product(self) -> bool:
-        """Whether the product of rank^2 takes fewer multiplications for each output position than the dense change.
+        """Whether the product of rank^2 takes fewer multiplications for each position than the dense change.
 
-        These are rank^2 * (in + out) against in * out, with the kernel's size counted to `in`. In Tucker form the dense
-        change is always formed.
+        A training step applies a matrix once forward and twice backward (gradients of input and matrix), and applies
+        `down` once more to form its activation anew: rank^2 * (4 in + 3 out) against 3 in * out, with the kernel's size
+        counted to `in`. Forming the dense change costs little beside, spread over all positions. In Tucker form it is
+        always formed.
         """
         outputs, inputs = self.spec.weight_shape[0], self.hada_w1_b.shape[1]
-        return self.hada_t1 is None and self.rank**2 * (inputs + outputs) < inputs * outputs
+        return self.hada_t1 is None and self.rank**2 * (4 * inputs + 3 * outputs) < 3 * inputs * outputs
 
     def own_effect(self, x: Tensor, factor: float) -> Tensor:
         """See `AdditiveAdapter.own_effect`: through the product of rank^2 or the dense change, whichever is smaller.
