@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
 from library.checkpoints import base_model
@@ -124,6 +124,7 @@ def test_a_real_command_draws_names_and_describes_its_pictures(tiny_sd1_folder, 
     names = [re.fullmatch(r"im_\d{14}_(\d{3})_(\d+)\.png", picture.name).groups() for picture in pictures]
     seeds = [5, image_seed(7, 1), 5, image_seed(7, 3)]
     assert names == [(f"{number:03d}", str(seed)) for number, seed in enumerate(seeds)]
+    assert re.search(rf"^{lora_file.name}: \d+ layers matched, 0 unmatched, 0 ignored$", result.stdout, re.MULTILINE)
     assert re.fullmatch(rf"4 pictures in {tmp_path / 'out'} \(\d+\.\d s\)", result.stdout.splitlines()[-1])
     request, made_with = read_recipe(pictures[1])
     assert (request.prompt, request.scale, request.steps, request.seed) == ("a house", 3.0, 3, seeds[1])
@@ -260,6 +261,17 @@ def test_an_adapter_that_does_not_fit_is_refused_even_if_it_says_nothing(capsys,
     file = write_lora(tmp_path / "sd2.safetensors", tiny_sd2_folder)
     command = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--network_weights", file)
     assert str(file) in refused(capsys, *command, *SMALL)
+
+
+def test_an_adapter_with_values_that_are_not_finite_is_refused_by_tensor(capsys, tiny_sd1_folder, lora_file, tmp_path):
+    tensors = load_file(lora_file)
+    key = next(key for key in tensors if "lora_up" in key)
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "bad.safetensors")
+    files = ("--network_weights", tmp_path / "bad.safetensors", "--outdir", tmp_path / "out")
+    said = refused(capsys, "--ckpt", tiny_sd1_folder, "--prompt", "a", *files, *SMALL)
+    assert f"bad.safetensors: has values that are not finite in 1 of its {len(tensors)} tensors ({key})" in said
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_what_is_no_base_model_is_refused_by_name(capsys, lora_file, tmp_path):

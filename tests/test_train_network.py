@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,15 +180,15 @@ def test_a_rate_of_zero_leaves_its_part_as_it_is(train):
 
 def test_training_goes_on_from_the_weights_of_a_file(train):
     _, first = train(out="first")
-    _, second = train(
-        "--network_weights",
-        first / "mine.safetensors",
-        "--dim_from_weights",
-        out="second",
-        max_train_steps=1,
-        learning_rate=1e-9,
-    )
-    assert difference(first, second) < 1e-4
+    for way in (("--dim_from_weights",), ()):
+        finished, second = train(
+            *("--network_weights", first / "mine.safetensors", *way),
+            out=f"second{len(way)}",
+            max_train_steps=1,
+            learning_rate=1e-9,
+        )
+        assert difference(first, second) < 1e-4
+        assert re.search(r"starts from \S+mine.safetensors: \d+ layers matched, 0 unmatched, 0 ignored\n", finished.out)
 
 
 def test_files_are_saved_at_their_steps_and_the_old_ones_removed(train):

@@ -15,6 +15,7 @@ from library.families.sd2 import SD2
 from networks.core.keys import by_layer, ignored_keys, kohya_key, split_key, to_kohya, to_original, to_peft
 from networks.core.layer_names import layer_names
 from networks.core.targets import model_layers
+from tests.networks.cases import CASES, layer_and_input, new_adapter
 
 GOLDEN = json.loads(gzip.decompress((Path(__file__).parents[1] / "data/lora_modules.json.gz").read_bytes()))
 
@@ -152,6 +153,16 @@ def test_every_layout_is_read_under_our_names(family, layout):
     theirs, ours = LAYOUTS[layout]
     assert kohya_key(theirs, family) == ours
     assert kohya_key(ours, family) == ours
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_names_of_our_own_tensors_stay_as_they_are(family, case):
+    """Those of files, and those that a training run's state is stored under."""
+    layer, _ = layer_and_input(case.layers[0])
+    adapter = new_adapter(case, layer)
+    for name in {**adapter.state_dict(), **adapter.tensors()}:
+        assert kohya_key(f"{ATTENTION}.{name}", family) == f"{ATTENTION}.{name}"
+        assert split_key(f"{ATTENTION}.{name}") == (ATTENTION, name)
 
 
 def test_keys_are_split_between_layer_and_tensor():
