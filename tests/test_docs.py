@@ -10,10 +10,15 @@ from library.cli.options import all_options
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS
 from library.cli.training_options import TRAINING_OPTIONS
 from library.generation.prompt_options import PREVIEW_OPTIONS
+from networks.check_lora_weights import OPTIONS as CHECK_OPTIONS
+from networks.convert_lora import OPTIONS as ADAPTER_CONVERSION_OPTIONS
 from networks.core import creation
 from networks.core.algorithms import ALGORITHMS, algorithm
 from networks.core.presets import PRESETS
+from networks.core.readers import READERS
+from networks.core.reading import Effect, verdict_of
 from networks.core.selection import SELECTION_ARGUMENTS
+from networks.core.traits import Trait
 from networks.extract_lora_from_dylora import OPTIONS as EXTRACTION_OPTIONS
 from networks.registry import NETWORK_MODULES
 from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
@@ -21,7 +26,15 @@ from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = PAGES + sorted((ROOT / "configs").glob("*.toml"))
-OF_OUR_SCRIPTS = (TRAINING_OPTIONS, GENERATION_OPTIONS, CONVERSION_OPTIONS, EXTRACTION_OPTIONS, RESIZE_IMAGES_OPTIONS)
+OF_OUR_SCRIPTS = (
+    TRAINING_OPTIONS,
+    GENERATION_OPTIONS,
+    CONVERSION_OPTIONS,
+    EXTRACTION_OPTIONS,
+    RESIZE_IMAGES_OPTIONS,
+    CHECK_OPTIONS,
+    ADAPTER_CONVERSION_OPTIONS,
+)
 OF_OTHER_PROGRAMS = {
     *("num_cpu_threads_per_process", "multi_gpu", "num_processes", "cpu"),  # accelerate launch
     *("help", "check", "logdir"),  # every script, ruff, tensorboard
@@ -80,3 +93,16 @@ def test_the_page_of_adapters_tells_of_every_argument_and_of_no_other():
 def test_the_page_of_adapters_tells_of_every_module_and_preset():
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     assert [name for name in [*NETWORK_MODULES, *PRESETS] if f"`{name}`" not in page] == []
+
+
+def test_the_table_of_who_reads_what_is_the_readers():
+    words = {Effect.RIGHT: "yes", Effect.WRONG: "wrongly", Effect.DROPPED: "no", Effect.REFUSED: "refuses"}
+    page = (ROOT / "docs" / "adapter_tools.md").read_text(encoding="utf-8")
+    titles, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\|(?: \||-|[^`\n]*yes).*\|$", page, re.MULTILINE)
+    ][:14]
+    assert titles[1:] == [reader.title for reader in READERS.values()]
+    assert len(rows) == 12
+    for name, *cells in rows:
+        assert cells == [words[verdict_of(reader, [Trait(name)])[1].effect] for reader in READERS.values()], name

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from library.errors import UserError, some_names
 from library.families.family import ModelFamily
-from networks.core.adapter import Adapter
+from networks.core.adapter import Adapter, LayerSpec
 from networks.core.additive import AdditiveAdapter
 from networks.core.algorithms import algorithm, algorithm_of
 from networks.core.base_weights import BaseWeights
@@ -64,7 +64,9 @@ class SourceLayer:
         bad = [tensor for tensor, value in tensors.items() if tensor != "alpha" and not bool(value.isfinite().all())]
         if bad:
             raise LayerError(f"has values that are not finite in {some_names(bad, 3)}", where=name)
-        spec = spec_of_tensors(name, tensors, family) or (base.spec(name) if base is not None else None)
+        spec = spec_of_tensors(name, tensors, family)
+        if spec is None:
+            spec = _spec_of_rotation(tensors) if base is None else base.spec(name)
         try:
             adapter = None if spec is None else adapter_of_layer(name, tensors, spec)
         except ValueError as error:
@@ -102,6 +104,14 @@ class SourceLayer:
             kind = "DoRA" if "dora_scale" in self.tensors else title
             raise LayerError(f"is {kind}, whose change depends on the base model", where=self.name, remedy=_GIVE_BASE)
         return self.adapter
+
+
+def _spec_of_rotation(tensors: LayerTensors) -> LayerSpec | None:
+    """As much of the base layer as rotations show, which is enough to spell them: how many outputs it has."""
+    blocks = tensors.get("oft_blocks")
+    if blocks is None or "rescale" in tensors:
+        return None
+    return LayerSpec(weight_shape=(blocks.shape[-3] * blocks.shape[-1], 1))
 
 
 _ITS_OWN = "give the model it was trained on"

@@ -186,6 +186,14 @@ def test_old_names_of_glora_for_the_programs_that_want_them(files, tmp_path, cap
     assert all(own["b2.weight"].shape[1] == own["b1.weight"].shape[0] == 4 for own in linear.values())
 
 
+def test_an_alpha_of_oft_that_a_program_takes_for_no_rotation_is_written_anew(files, parts, plain, tmp_path, capsys):
+    tensors = {key: torch.zeros(()) if key.endswith("alpha") else value for key, value in load_file(files("oft")).items()}
+    save_file(tensors, tmp_path / "a.safetensors", METADATA)
+    lines = convert(capsys, tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--for", "sdnext")
+    assert "210 oft: respelled" in lines[0]
+    assert_same_outputs(outputs(parts, tmp_path / "b.safetensors"), outputs(parts, files("oft")), plain)
+
+
 def wide_file(path, *, alphas=(2.0, 2.0), extra=None):
     """A file of full-size layers, few of them: attention, convolution, text encoder."""
     stream = torch.Generator().manual_seed(2)
