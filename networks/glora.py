@@ -81,7 +81,7 @@ def in_our_naming(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> dict[str, T
 def _fit(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a layer's tensors have the shapes that our names mean."""
     outputs, inputs, *kernel = spec.weight_shape
-    if not set(_OTHER_NAMES) <= set(tensors):
+    if not set(_OTHER_NAMES) <= set(tensors) or any(tensors[name].dim() < 2 for name in _OTHER_NAMES):
         return False
     rank = len(tensors["a2.weight"])
     found = [tuple(tensors[name].flatten(1).shape) for name in _OTHER_NAMES]

@@ -102,7 +102,7 @@ class IA3Module(Adapter):
         weight, on_input = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}on_input")
         if weight is not None and weight.numel() == self.weight.numel():
             state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
-        if on_input is not None:
+        if on_input is not None and on_input.numel() == 1:
             state_dict[f"{prefix}on_input"] = on_input.reshape(())
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.scales_input = bool(self.get_buffer("on_input"))

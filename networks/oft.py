@@ -93,11 +93,12 @@ class OFTModule(RotationAdapter):
         if "oft_diag" in tensors:
             tensors = {name: value for name, value in tensors.items() if name != "alpha"}
         blocks = tensors.get("oft_blocks", tensors.get("oft_diag"))
-        outputs = spec.weight_shape[0]
-        if blocks is None or blocks.dim() != 3 or blocks.shape[0] * blocks.shape[1] != outputs:
-            found = "none" if blocks is None else tuple(blocks.shape)
-            raise ValueError(f"its blocks do not fit a layer with {outputs} outputs: {found}")
-        return cls._from_blocks(spec, tensors, rank=blocks.shape[1], num_blocks=blocks.shape[0], **options)
+        if blocks is None or blocks.dim() != 3:
+            raise ValueError(f"is no OFT layer, its tensors are {', '.join(tensors)}")
+        count, size, columns = blocks.shape
+        if (count * size, columns) != (spec.weight_shape[0], size):
+            raise ValueError(f"its blocks {tuple(blocks.shape)} do not fit a layer with {spec.weight_shape[0]} outputs")
+        return cls._from_blocks(spec, tensors, rank=size, num_blocks=count, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take the rotations themselves (`oft_diag`), as old files of LyCORIS have them; to those no limit applies."""

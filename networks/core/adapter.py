@@ -333,6 +333,7 @@ class Adapter(nn.Module):
                 state_dict[prefix + name] = given.reshape(own.shape)
         if "alpha" in self._buffers and self.rank:
             alpha = state_dict.get(prefix + "alpha")
-            state_dict[prefix + "alpha"] = alpha if alpha is not None and alpha != 0 else torch.tensor(float(self.rank))
+            if alpha is None or not alpha.any():
+                state_dict[prefix + "alpha"] = torch.tensor(float(self.rank))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.update_scale()

@@ -58,6 +58,12 @@ def cayley_turn(generators: Tensor) -> Tensor:
     return solved
 
 
+def _single_number(alpha: Tensor) -> float:
+    if alpha.numel() != 1:
+        raise ValueError(f"its alpha is no single number but {tuple(alpha.shape)} of them")
+    return float(alpha)
+
+
 class RotationAdapter(Adapter):
     """An adapter whose subclasses give `turn`.
 
@@ -168,7 +174,7 @@ class RotationAdapter(Adapter):
     @classmethod
     def _from_blocks(cls, spec: LayerSpec, tensors: Mapping[str, Tensor], **options: Any) -> Self:
         """An adapter with a file's tensors and its limit, which stays for training."""
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
+        alpha = _single_number(tensors["alpha"]) if "alpha" in tensors else 0.0
         adapter = cls(
             spec,
             constraint=alpha if 0 < alpha < _WRITTEN_ALPHA else 0.0,
@@ -182,7 +188,7 @@ class RotationAdapter(Adapter):
         """Take the limit of a file (which says it by its alpha, and a training state does not) into the blocks; the own
         one stays."""
         alpha, blocks = state_dict.pop(f"{prefix}alpha", None), state_dict.get(f"{prefix}oft_blocks")
-        limit = float(alpha) * self.spec.weight_shape[0] if alpha is not None else 0.0
+        limit = _single_number(alpha) * self.spec.weight_shape[0] if alpha is not None else 0.0
         if blocks is not None and 0 < limit < self._limit:
             state_dict[f"{prefix}oft_blocks"] = blocks.float() * limiting_factor(skew(blocks), limit)
         super()._load_from_state_dict(state_dict, prefix, *rest)

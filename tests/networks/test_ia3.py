@@ -83,6 +83,8 @@ def test_what_does_not_fit_is_refused():
         IA3Module.from_tensors(spec, {"weight": torch.zeros(6)})
     with pytest.raises(ValueError, match="size mismatch for weight"):
         IA3Module.from_tensors(spec, {"weight": torch.zeros(4), "on_input": torch.tensor(0.0)})
+    with pytest.raises(ValueError, match="size mismatch for on_input"):
+        IA3Module.from_tensors(spec, {"weight": torch.zeros(6), "on_input": torch.zeros(2)})
     with pytest.raises(ValueError, match="without groups"):
         IA3Module(LayerSpec(weight_shape=(6, 2, 1, 1), groups=2))
 

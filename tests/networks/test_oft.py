@@ -247,10 +247,14 @@ def test_matrices_that_are_no_rotations_are_refused():
 
 def test_tensors_of_other_sizes_are_refused():
     spec = LayerSpec(weight_shape=(24, 5))
-    with pytest.raises(ValueError, match=r"do not fit a layer with 24 outputs: \(6, 5, 5\)"):
-        OFTModule.from_tensors(spec, {"oft_blocks": torch.zeros(6, 5, 5)})
-    with pytest.raises(ValueError, match="outputs: none"):
+    for shape in ((6, 5, 5), (6, 4, 5), (0, 0, 0)):
+        for name in ("oft_blocks", "oft_diag"):
+            with pytest.raises(ValueError, match=rf"its blocks \({shape[0]}.* do not fit a layer with 24 outputs"):
+                OFTModule.from_tensors(spec, {name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match="is no OFT layer, its tensors are rescale"):
         OFTModule.from_tensors(spec, {"rescale": torch.ones(24, 1)})
+    with pytest.raises(ValueError, match="its alpha is no single number"):
+        OFTModule.from_tensors(spec, {"oft_blocks": torch.zeros(6, 4, 4), "alpha": torch.ones(2)})
 
 
 def test_scaling_the_change_nearly_scales_it_and_reaches_below_a_limit():
