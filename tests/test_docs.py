@@ -8,6 +8,7 @@ import pytest
 from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.options import all_options
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS
+from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS
 from library.cli.training_options import TRAINING_OPTIONS
 from library.generation.prompt_options import PREVIEW_OPTIONS
 from networks.check_lora_weights import OPTIONS as CHECK_OPTIONS
@@ -32,6 +33,7 @@ OF_OUR_SCRIPTS = (
     CONVERSION_OPTIONS,
     EXTRACTION_OPTIONS,
     RESIZE_IMAGES_OPTIONS,
+    SHOW_METADATA_OPTIONS,
     CHECK_OPTIONS,
     ADAPTER_CONVERSION_OPTIONS,
 )

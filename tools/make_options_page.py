@@ -16,12 +16,14 @@ sys.path.insert(0, str(ROOT))
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS  # noqa: E402
+from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS  # noqa: E402
 from library.cli.training_options import TRAINING_OPTIONS  # noqa: E402
 
 SCRIPTS = {
     "train_network.py": TRAINING_OPTIONS,
     "gen_img_diffusers.py": GENERATION_OPTIONS,
     "tools/resize_images_to_resolution.py": RESIZE_IMAGES_OPTIONS,
+    "tools/show_metadata.py": SHOW_METADATA_OPTIONS,
 }
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options

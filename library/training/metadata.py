@@ -118,8 +118,8 @@ def model_spec(
     )
 
 
-def thumbnail_url(text: str) -> str:
-    """A data URL as it is, or one made of an image file.
+def thumbnail_url(text: str, *, where: str | None = None) -> str:
+    """A data URL as it is, or one made of an image file; `where` names the option it came with.
 
     Raises:
         UserError: neither.
@@ -129,7 +129,7 @@ def thumbnail_url(text: str) -> str:
     import base64
     import mimetypes
 
-    path, where = Path(text), f"--metadata_thumbnail {text}"
+    path, where = Path(text), where or f"--metadata_thumbnail {text}"
     kind = mimetypes.guess_type(text)[0] or ""
     if not path.is_file() or not kind.startswith("image/"):
         raise UserError("is neither an image file nor a data URL", where=where)
