@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from networks import lora
+from tests.networks.cases import Case, acting, attached, layer_and_input, new_adapter
 
 BY_LAYER = {
     "attn1.to_q": "OFT",
@@ -45,6 +46,17 @@ def test_every_layer_has_the_algorithm_of_its_rule(network, tmp_path):
     network.save_weights(tmp_path / "a.safetensors", None, {})
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert set(BY_LAYER.values()) == set(json.loads(file.metadata()["ss_network_variants"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["glora", "ia3", "oft", "boft", "full"])
+def test_module_dropout_leaves_whole_passes_out_in_training_alone(name):
+    layer, x = layer_and_input("linear")
+    adapter = acting(new_adapter(Case(name, {"module_dropout": 0.5} | ({"rank": 6} if name == "boft" else {})), layer))
+    torch.manual_seed(0)
+    without = [torch.equal(attached(layer, adapter.train(), x), layer(x)) for _ in range(40)]
+    assert 10 < sum(without) < 30
+    assert not any(torch.equal(attached(layer, adapter.eval(), x), layer(x)) for _ in range(10))
 
 
 @torch.no_grad()
