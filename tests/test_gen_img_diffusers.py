@@ -236,7 +236,7 @@ def test_every_mistake_in_files_and_folders_is_told_at_once_before_anything_is_l
     ("more", "sentence"),
     [
         (("--sampler", "eulera"), "did you mean euler"),
-        (("--network_module", "networks.lroa"), "did you mean networks.lora?"),
+        (("--network_module", "networks.lroa"), "did you mean networks.lora or "),
         (("--network_mul", 1, 2), "--network_mul 1.0 2.0: 2 for 1 adapters"),
         (("--network_args", "rank"), "'rank' has no value; write key=value"),
         (("--scale", "nan"), "--scale: 'nan' is not a finite number"),
