@@ -256,9 +256,9 @@ class LoKrModule(AdditiveAdapter):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Beside what every adapter accepts: with two full factors any alpha, since none acts. Some writers store one that
-        half precision turns into infinity; a finite one is kept."""
+        half precision turns into infinity; one that it can hold is kept."""
         alpha = state_dict.get(prefix + "alpha")
-        if not self.form.rank and (alpha is None or not torch.isfinite(alpha).all()):
+        if not self.form.rank and (alpha is None or not abs(float(alpha)) <= _LARGEST_HALF):
             state_dict[prefix + "alpha"] = self.get_buffer("alpha")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -169,11 +169,13 @@ def test_with_two_full_factors_alpha_means_nothing(alpha):
     assert (adapter.scale, adapter.rank, adapter.alpha.item()) == (1.0, 0, 4.0)
     tensors = {name: value.half() for name, value in adapter.tensors().items() if name != "alpha"}
     if alpha is not None:
-        tensors["alpha"] = torch.tensor(alpha).half()
-    again = LoKrModule.from_tensors(LayerSpec.of(layer), tensors)
-    assert again.scale == 1.0
-    assert torch.isfinite(again.tensors()["alpha"])
-    torch.testing.assert_close(again.own_delta(), adapter.own_delta(), rtol=2e-3, atol=2e-3)
+        tensors["alpha"] = torch.tensor(alpha)
+    for dtype in (torch.float32, torch.float16):
+        in_file = {name: value.to(dtype) for name, value in tensors.items()}
+        again = LoKrModule.from_tensors(LayerSpec.of(layer), in_file)
+        assert again.scale == 1.0
+        assert torch.isfinite(again.tensors()["alpha"].half())
+        torch.testing.assert_close(again.own_delta(), adapter.own_delta(), rtol=2e-3, atol=2e-3)
 
 
 def test_a_rank_beyond_half_precision_stores_an_alpha_within_it():
