@@ -96,6 +96,13 @@ def conversion_of(given: ParsedOptions) -> FileConversion:
     if target is not None and target.suffix not in SUFFIXES:
         remedy = f"use {', '.join(SUFFIXES)}"
         problems.append(UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=remedy))
+    if target is not None and given["to"] == "diffusers" and target.suffix != ".safetensors":
+        remedy = "use .safetensors"
+        problems.append(
+            UserError(
+                "can hold no metadata, where diffusers' layout has alphas", where=given.where("save_to"), remedy=remedy
+            )
+        )
     if given["rank"] is not None and given["rank"] < 1:
         problems.append(UserError("is below 1", where=given.where("rank"), remedy="give 1 or more"))
     readers = given["for"] or ()

@@ -235,7 +235,9 @@ def to_peft(tensors: Mapping[str, Tensor], family: ModelFamily) -> tuple[dict[st
             if magnitude.shape[0] != len(up) or magnitude.numel() != len(up):
                 raise UserError(f"{layer} has DoRA magnitudes along its inputs, which PEFT's layout has not")
             shape = (-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2))
-            result[f"{name}.lora_magnitude_vector"] = magnitude.reshape(shape)
+            # transformers, which loads the text encoder's, looks for the parameter's name; PEFT leaves it out.
+            ending = ".weight" if found.part == "text_encoder" else ""
+            result[f"{name}.lora_magnitude_vector{ending}"] = magnitude.reshape(shape)
         alpha = float(own["alpha"]) if "alpha" in own else float(len(down))
         layers.append(PeftLayer(name=found, rank=len(down), alpha=alpha or len(down), decomposed=magnitude is not None))
     return result, peft_metadata(layers)

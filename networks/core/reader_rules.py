@@ -95,6 +95,16 @@ def text_encoder_by_its_outputs(header: Header, layers: Layers, effects: Effects
     return Findings(dropped=dict.fromkeys(attention, "attention of the text encoder without any out_proj"))
 
 
+def text_magnitudes_by_name(header: Header, layers: Layers, effects: Effects) -> Findings:
+    """diffusers hands a text encoder to transformers, which looks for the magnitudes' parameter and starts them anew."""
+    findings = Findings()
+    for name, layer in layers.items():
+        key = layer.keys.get("lora_magnitude_vector", "")
+        if is_text_encoder(name) and key and not key.endswith(".weight"):
+            findings.wrong[name] = "magnitudes of the text encoder without .weight are left out"
+    return findings
+
+
 def nothing_left(header: Header, layers: Layers, effects: Effects) -> Findings:
     """diffusers raises where not one layer is taken."""
     if all(effect is Effect.DROPPED for effect in effects.values()):

@@ -201,7 +201,13 @@ DIFFUSERS = Reader(
         ),
         **_all(_wrong("the magnitudes are left out"), Trait.DORA_INPUT, Trait.DORA_OUTPUT, Trait.DORA_FLAT),
     },
-    rules=(rules.kohya_or_peft, rules.text_encoder_by_its_outputs, rules.one_alpha_for_each_part, rules.nothing_left),
+    rules=(
+        rules.kohya_or_peft,
+        rules.text_encoder_by_its_outputs,
+        rules.one_alpha_for_each_part,
+        rules.text_magnitudes_by_name,
+        rules.nothing_left,
+    ),
     wants_one_alpha=True,
 )
 

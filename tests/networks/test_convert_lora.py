@@ -114,14 +114,25 @@ def test_what_is_written_for_diffusers_diffusers_loads_and_means_the_same(
 ):
     lines = convert(capsys, files(name), tmp_path / "new.safetensors", "--for", "diffusers", "--base", tiny_sd1_folder)
     assert lines[-1] == "applied rightly by diffusers (re-opened and compared)"
+    assert_same_outputs(in_diffusers(pipe, tmp_path / "new.safetensors"), outputs(parts, files(name)), plain)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora dora"])
+def test_diffusers_reads_its_own_names(name, files, parts, plain, pipe, tmp_path, capsys):
+    lines = convert(capsys, files(name), tmp_path / "new.safetensors", "--to", "diffusers")
+    assert "diffusers" in lines[-1].partition(";")[0]
+    assert_same_outputs(in_diffusers(pipe, tmp_path / "new.safetensors"), outputs(parts, files(name)), plain)
+
+
+def in_diffusers(pipe, path):
+    """What the tiny model makes of the inputs with a file that diffusers has loaded."""
     logging.disable(logging.WARNING)
     try:
-        pipe.load_lora_weights(tmp_path, weight_name="new.safetensors")
-        theirs = run(pipe.unet, pipe.text_encoder)
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
+        return run(pipe.unet, pipe.text_encoder)
     finally:
         logging.disable(logging.NOTSET)
         pipe.unload_lora_weights()
-    assert_same_outputs(theirs, outputs(parts, files(name)), plain)
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "full"])
@@ -231,6 +242,34 @@ def test_for_all_gives_one_alpha_and_whole_attention(tmp_path, capsys):
     assert metadata_of(tmp_path / "b.safetensors")["ss_network_alpha"] == "2"
 
 
+def test_attention_of_an_sd2_text_encoder_is_completed_for_a1111(tmp_path, capsys):
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_{}_proj"
+    tensors = {f"{layer.format('q')}.{name}": tensor for name, tensor in lora_tensors(1024, 1024).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    lines = convert(capsys, tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--for", "a1111", "forge")
+    assert lines[-1] == "applied rightly by A1111, Forge (re-opened and compared)"
+    made = by_layer(load_file(tmp_path / "b.safetensors"))
+    assert made.keys() == {layer.format(letter) for letter in ("q", "k", "v", "out")}
+    assert [name for name, own in made.items() if own["lora_down.weight"].any()] == [layer.format("q")]
+
+
+def test_original_names_and_torch_files_are_read_and_written(tmp_path, capsys):
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.{tensor}": value for tensor, value in lora_tensors(320, 768).items()}
+    torch.save(tensors, tmp_path / "a.pt")
+    lines = convert(capsys, tmp_path / "a.pt", tmp_path / "b.ckpt", "--for", "all")
+    assert lines[-1].startswith("applied rightly by ComfyUI, A1111, Forge, SD.Next, diffusers, LyCORIS, InvokeAI")
+    read = torch.load(tmp_path / "b.ckpt", weights_only=True)
+    ours = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert torch.equal(read[f"{ours}.lora_up.weight"], tensors[f"{name}.lora_up.weight"])
+
+
+def lora_tensors(outputs_, inputs):
+    stream = torch.Generator().manual_seed(4)
+    down, up = torch.randn(4, inputs, generator=stream), torch.randn(outputs_, 4, generator=stream)
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+
+
 def test_norms_and_biases_are_not_lost_in_silence(tmp_path, capsys):
     block = "lora_unet_down_blocks_0_attentions_0"
     extra = {f"{block}_norm.w_norm": torch.ones(320), f"{block}_norm.b_norm": torch.ones(320)}
@@ -269,6 +308,7 @@ REFUSED = {
     ("--rank", "0", "--algorithm", "lora"): "--rank 0: is below 1",
     ("--rank", "4"): "--rank 4: has no effect",
     ("--base", "nowhere.safetensors"): "nowhere.safetensors",
+    ("--to", "diffusers", "--save_to", "new.pt"): "new.pt: can hold no metadata, where diffusers' layout has alphas",
 }
 
 

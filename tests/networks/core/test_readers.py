@@ -136,6 +136,15 @@ def test_attention_of_a_text_encoder_wants_all_four_projections():
     assert set(read_by(READERS["diffusers"], header(beside)).dropped) == set(some)
 
 
+def test_diffusers_finds_magnitudes_of_a_text_encoder_by_their_whole_name():
+    factors = {"lora_A.weight": (4, 768), "lora_B.weight": (768, 4)}
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
+    assert read_by(READERS["diffusers"], header({path: factors | {"lora_magnitude_vector.weight": (768,)}})).is_right
+    assert read_by(READERS["diffusers"], header({path: factors | {"lora_magnitude_vector": (768,)}})).wrong
+    unet = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert read_by(READERS["diffusers"], header({unet: factors | {"lora_magnitude_vector": (768,)}})).is_right
+
+
 def test_invokeai_tells_the_base_by_one_width():
     wide = {"lora_down.weight": (4, 1280), "lora_up.weight": (320, 4), "alpha": ()}
     time = {"lora_unet_down_blocks_0_resnets_0_time_emb_proj": wide}
