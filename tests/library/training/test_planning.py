@@ -6,7 +6,10 @@ import pytest
 
 from library.cli.training import parse_training, training_options
 from library.errors import UserError
+from library.training import preparation
 from library.training.planning import plan_run
+
+REQUIRED = ("--pretrained_model_name_or_path=model", "--train_data_dir=data", "--resolution=512", "--output_dir=out")
 
 
 def test_mistakes_of_different_rooms_are_named_together(tmp_path):
@@ -27,3 +30,27 @@ def test_mistakes_of_different_rooms_are_named_together(tmp_path):
     assert len(sentences) == 4
     for sentence, part in zip(sentences, ("networks.lroa", "no_model.safetensors", "no_pictures", "--q"), strict=True):
         assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "rests"),
+    [
+        ("networks.lora", (), False),
+        ("networks.lora", ("--network_args", "module_dropout=0.1"), True),
+        ("networks.lora", ("--clip_skip", "2"), True),
+        ("networks.dylora", ("--network_args", "unit=2"), True),
+        ("networks.lora", ("--network_args", "network_reg_algos=attn2=dylora"), True),
+        ("networks.lora", ("--network_args", "network_reg_algos=attn2=loha"), False),
+        ("networks.lroa", (), True),
+    ],
+)
+def test_ddp_is_told_where_parameters_have_no_part_in_a_step(module, arguments, rests):
+    options = training_options(parse_training([f"--network_module={module}", *REQUIRED, *arguments]))
+    assert preparation.adapters_may_rest(options) == rests
+
+
+def test_of_other_packages_modules_it_is_not_known(tmp_path, monkeypatch):
+    (tmp_path / "rests_perhaps.py").write_text("def create_network(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = training_options(parse_training(["--network_module=rests_perhaps", *REQUIRED]))
+    assert preparation.adapters_may_rest(options)
