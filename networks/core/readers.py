@@ -74,6 +74,7 @@ _COMFY = {
     Trait.DORA_OUTPUT: _wrong(_BASE_NORM),
     Trait.MAGNITUDE_VECTOR: _wrong("the magnitudes are left out"),
     Trait.FULL_BESIDE: _wrong("only diff is taken"),
+    Trait.METADATA_ALPHA: _wrong("it is left out"),
     Trait.SCALE: _wrong("it is left out"),
     Trait.SPARSE_RESIDUE: _wrong("it is left out"),
 }

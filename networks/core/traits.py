@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from library.families.family import ModelFamily
+from networks.core.layer_names import layer_names
+from networks.core.peft_metadata import PeftScales
 
 if TYPE_CHECKING:
     from library.checkpoints.tensor_places import TensorFile
@@ -68,6 +70,7 @@ class Trait(StrEnum):
     FOREIGN = "tensors of no known algorithm"
     # What is unusual about it
     NO_ALPHA = "no alpha"
+    METADATA_ALPHA = "alpha in the metadata"
     GLORA_OLD_NO_ALPHA = "GLoRA in its old naming without alpha"
     GLORA_OLD_KERNEL = "GLoRA in its old naming on a convolution"
     IA3_OUTPUT_KERNEL = "(IA)3 along the outputs of a convolution"
@@ -97,11 +100,13 @@ class Header:
         shapes: key -> shape, in the file's order.
         scalars: key -> value, of the tensors with one value that decide (`SCALARS`).
         family: which models the file is for.
+        metadata: of the file.
     """
 
     shapes: Mapping[str, Shape]
     scalars: Mapping[str, float]
     family: ModelFamily
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 SCALARS = ("alpha", "on_input")
@@ -111,7 +116,7 @@ SCALARS = ("alpha", "on_input")
 def read_header(file: TensorFile, family: ModelFamily) -> Header:
     """The header of an opened file; reads its scalars and no other tensor."""
     scalars = {key: float(file.read(key).flatten()[0]) for key in file.keys() if is_scalar(key, file.shape(key))}  # noqa: SIM118
-    return Header(shapes=file.shapes(), scalars=scalars, family=family)
+    return Header(shapes=file.shapes(), scalars=scalars, family=family, metadata=file.metadata)
 
 
 def is_scalar(key: str, shape: Shape) -> bool:
@@ -177,14 +182,25 @@ def file_layers(header: Header) -> dict[str, FileLayer]:
     for key in header.shapes:
         layer, tensor = split_any_key(key)
         keys.setdefault(layer, {})[tensor] = key
+    scales = PeftScales.read(header.metadata)
     layers = {}
     for name, of_layer in keys.items():
         shapes = {tensor: tuple(header.shapes[key]) for tensor, key in of_layer.items()}
         scalars = {tensor: header.scalars[key] for tensor, key in of_layer.items() if key in header.scalars}
         of_name = name_trait(name)
-        content = () if of_name is Trait.EMBEDDING else _made_of(name, shapes, scalars, header.family)
+        content = [] if of_name is Trait.EMBEDDING else list(_made_of(name, shapes, scalars, header.family))
+        if scales and _is_scaled(name, shapes, scales, header.family):
+            content.append(Trait.METADATA_ALPHA)
         layers[name] = FileLayer(name=name, shapes=shapes, keys=of_layer, traits=(of_name, *content))
     return layers
+
+
+def _is_scaled(name: str, shapes: Mapping[str, Shape], scales: PeftScales, family: ModelFamily) -> bool:
+    """Whether metadata give a layer without alpha another one than its rank."""
+    found, down = layer_names(family).find(name), shapes.get("lora_down.weight")
+    if found is None or down is None or "alpha" in shapes:
+        return False
+    return scales.alpha(found, rank=down[0]) not in (None, down[0])
 
 
 def holds_adapter(keys: Iterable[str]) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from library.families.sd1 import SD1
@@ -143,6 +146,16 @@ def test_diffusers_finds_magnitudes_of_a_text_encoder_by_their_whole_name():
     assert read_by(READERS["diffusers"], header({path: factors | {"lora_magnitude_vector": (768,)}})).wrong
     unet = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     assert read_by(READERS["diffusers"], header({unet: factors | {"lora_magnitude_vector": (768,)}})).is_right
+
+
+def test_comfyui_takes_no_alpha_from_metadata():
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+    given = header({path: {"lora_A.weight": (4, 1280), "lora_B.weight": (320, 4)}})
+    assert read_by(READERS["comfyui"], given).is_right
+    for alpha, is_right in ((4, True), (2, False)):
+        metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": alpha})}
+        assert read_by(READERS["comfyui"], replace(given, metadata=metadata)).is_right is is_right
+        assert read_by(READERS["diffusers"], replace(given, metadata=metadata)).is_right
 
 
 def test_invokeai_tells_the_base_by_one_width():
