@@ -259,6 +259,26 @@ def with_whole_attention(layers: Mapping[str, LayerTensors]) -> dict[str, LayerT
     return result
 
 
+_SHOWS_WIDTH = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def with_width_shown(
+    layers: Mapping[str, LayerTensors], family: ModelFamily, rank: int | None, base: BaseWeights | None
+) -> dict[str, LayerTensors]:
+    """The same with one layer as plain LoRA whose inputs are as wide as the text condition, by which a reader tells the
+    family: the one that is there, or one that changes nothing.
+
+    Raises:
+        UserError: see `SourceLayer.delta`.
+    """
+    if _SHOWS_WIDTH in layers:
+        layer = SourceLayer.read(_SHOWS_WIDTH, layers[_SHOWS_WIDTH], family, base)
+        return {**layers, _SHOWS_WIDTH: as_lora(layer, rank)}
+    outputs, inputs = family.unet_config["block_out_channels"][0], family.context_width
+    nothing = {DOWN: torch.zeros(1, inputs), UP: torch.zeros(outputs, 1), "alpha": torch.ones(())}
+    return {**layers, _SHOWS_WIDTH: nothing}
+
+
 def relative_error(before: Tensor, after: Tensor) -> tuple[float, float]:
     """Frobenius norms of the difference and of the first; in double precision."""
     difference = before.double() - after.double().reshape(before.shape)

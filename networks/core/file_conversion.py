@@ -33,6 +33,7 @@ from networks.core.conversion import (
     relative_error,
     with_one_alpha,
     with_whole_attention,
+    with_width_shown,
 )
 from networks.core.file_adapters import family_of_adapter_file, stream_layers
 from networks.core.files import save_tensors
@@ -121,7 +122,7 @@ def _convert(file: TensorFile, options: FileConversion) -> list[str]:
     if not plan.layers:
         raise UserError("nothing is left to write", where=str(options.source))
     if asked:
-        _fit_together(plan, asked, family)
+        _fit_together(plan, asked, family, base, options)
     _round(plan)
     tensors, said = _named(plan.layers, options, family)
     _check_readers(asked, tensors, family, options)
@@ -183,16 +184,25 @@ def _refuse_losses(plan: Plan, options: FileConversion) -> None:
         )
 
 
-def _fit_together(plan: Plan, asked: Sequence[Reader], family: ModelFamily) -> None:
-    """What the readers want of the layers together: one alpha, whole attention."""
+def _fit_together(
+    plan: Plan, asked: Sequence[Reader], family: ModelFamily, base: BaseWeights | None, options: FileConversion
+) -> None:
+    """What the readers want of the layers together: whole attention, a layer that shows the family, one alpha."""
     before = plan.layers
+    if not _all_right(plan.layers, asked, family):
+        plan.layers = with_whole_attention(plan.layers)
+    if any(reader.wants_width and not _all_right(plan.layers, [reader], family) for reader in asked):
+        plan.layers = with_width_shown(plan.layers, family, options.rank, base)
     if any(reader.wants_one_alpha for reader in asked):
         plan.layers = with_one_alpha(plan.layers)
-    if not all(read_by(reader, header_of(_flat(plan.layers), family)).is_right for reader in asked):
-        plan.layers = with_whole_attention(plan.layers)
-        usual = next(iter(plan.dtypes.values()))
-        plan.dtypes = {name: plan.dtypes.get(name, usual) for name in plan.layers}
+    usual = next(iter(plan.dtypes.values()))
+    plan.dtypes = {name: plan.dtypes.get(name, usual) for name in plan.layers}
     plan.changed |= {name for name, tensors in plan.layers.items() if before.get(name) is not tensors}
+
+
+def _all_right(layers: Mapping[str, LayerTensors], asked: Sequence[Reader], family: ModelFamily) -> bool:
+    header = header_of(_flat(layers), family)
+    return all(read_by(reader, header).is_right for reader in asked)
 
 
 def _flat(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:

@@ -280,6 +280,7 @@ INVOKEAI = Reader(
         Trait.SCALE: _wrong("it is left out"),
     },
     rules=(rules.base_by_one_width,),
+    wants_width=True,
 )
 
 SDNEXT = Reader(

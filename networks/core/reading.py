@@ -56,6 +56,7 @@ class Reader:
         verdicts: what it makes of the traits it does not apply rightly.
         rules: about the whole file.
         wants_one_alpha: whether it misreads alphas that differ by layer.
+        wants_width: whether it tells the base model by one layer of a kind that it reads widths of.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Reader:
     verdicts: Mapping[Trait, Verdict]
     rules: Sequence[FileRule] = ()
     wants_one_alpha: bool = False
+    wants_width: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

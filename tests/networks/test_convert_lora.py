@@ -253,6 +253,23 @@ def test_attention_of_an_sd2_text_encoder_is_completed_for_a1111(tmp_path, capsy
     assert [name for name, own in made.items() if own["lora_down.weight"].any()] == [layer.format("q")]
 
 
+@pytest.mark.parametrize("place", ["attn2_to_k", "attn1_to_k"])
+def test_invokeai_gets_a_layer_that_shows_the_base(place, tmp_path, capsys):
+    name = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{place}"
+    width = 768 if place.startswith("attn2") else 320
+    shapes = {"lokr_w1": (16, 16), "lokr_w2_a": (20, 4), "lokr_w2_b": (4, width // 16)}
+    stream = torch.Generator().manual_seed(4)
+    tensors = {f"{name}.{tensor}": torch.randn(shape, generator=stream) for tensor, shape in shapes.items()}
+    save_file(tensors | {f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors", METADATA)
+    lines = convert(capsys, tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--for", "invokeai")
+    assert lines[-1] == "applied rightly by InvokeAI (re-opened and compared)"
+    made = by_layer(load_file(tmp_path / "b.safetensors"))
+    shown = made[name.replace("attn1", "attn2")]
+    assert shown["lora_down.weight"].shape[1] == 768
+    assert bool(shown["lora_up.weight"].any()) is place.startswith("attn2")
+    assert place.startswith("attn2") or "lokr_w1" in made[name]
+
+
 def test_original_names_and_torch_files_are_read_and_written(tmp_path, capsys):
     name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
     tensors = {f"{name}.{tensor}": value for tensor, value in lora_tensors(320, 768).items()}
