@@ -17,6 +17,7 @@ DOORS = (
     "tools/convert_diffusers20_original_sd.py",
     "tools/resize_images_to_resolution.py",
     "tools/show_metadata.py",
+    "tools/merge_models.py",
     "networks/extract_lora_from_dylora.py",
     "networks/check_lora_weights.py",
     "networks/convert_lora.py",

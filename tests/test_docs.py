@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.cli.generation_options import GENERATION_OPTIONS
+from library.cli.merge_models_options import MERGE_MODELS_OPTIONS
 from library.cli.options import all_options
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS
 from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS
@@ -34,6 +35,7 @@ OF_OUR_SCRIPTS = (
     EXTRACTION_OPTIONS,
     RESIZE_IMAGES_OPTIONS,
     SHOW_METADATA_OPTIONS,
+    MERGE_MODELS_OPTIONS,
     CHECK_OPTIONS,
     ADAPTER_CONVERSION_OPTIONS,
 )

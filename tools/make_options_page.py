@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
+from library.cli.merge_models_options import MERGE_MODELS_OPTIONS  # noqa: E402
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS  # noqa: E402
 from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS  # noqa: E402
@@ -24,6 +25,7 @@ SCRIPTS = {
     "gen_img_diffusers.py": GENERATION_OPTIONS,
     "tools/resize_images_to_resolution.py": RESIZE_IMAGES_OPTIONS,
     "tools/show_metadata.py": SHOW_METADATA_OPTIONS,
+    "tools/merge_models.py": MERGE_MODELS_OPTIONS,
 }
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options

@@ -1,0 +1,269 @@
+"""The weighted sum of whole models, tensor by tensor: each is read, summed, rounded once and written in its turn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.checkpoints.base_model import BaseModelFiles, open_base_model
+from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.metadata import ModelDescription, modelspec_metadata
+from library.checkpoints.model_writing import config_metadata, plan_single_file
+from library.checkpoints.parts import PART_TITLES, PARTS, SHOWN, ModelPart, same_up_to_ones
+from library.checkpoints.tensor_files import open_tensor_file
+from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
+from library.errors import UserError, counted, raise_all, some_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+RECIPE_KEY = "merge_recipe"
+_CHUNK = 1 << 16  # elements summed at a time: all that is computed on the way stays in the processor's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """One merge.
+
+    Attributes:
+        models: files, diffusers folders, or ids at the Hub.
+        ratios: a factor for each.
+        target: the .safetensors file to write.
+        parts: those that are merged; the others are the first model's.
+        device: where tensors are summed.
+        precision: torch's name of the type they are summed in; "float32" rounds once only, at the end.
+        saving_precision: torch's name of the type they are saved in.
+    """
+
+    models: tuple[str, ...]
+    ratios: tuple[float, ...]
+    target: Path
+    parts: tuple[str, ...] = PARTS
+    device: str = "cpu"
+    precision: str = "float32"
+    saving_precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """Of one tensor, sums of squares over its elements.
+
+    Attributes:
+        first: of the first model's tensor.
+        change: of the sum less the first model's tensor.
+        merged: of the sum.
+        rounding: of the saved tensor less the sum.
+    """
+
+    first: float
+    change: float
+    merged: float
+    rounding: float
+
+
+def open_models(options: MergeOptions) -> list[BaseModelFiles]:
+    """The models, known from their headers.
+
+    Raises:
+        UserError: what is wrong with any, or with all together: another family, prediction, or other tensors.
+    """
+    problems: list[UserError] = []
+    models: list[BaseModelFiles] = []
+    for path in options.models:
+        try:
+            models.append(open_base_model(path))
+        except UserError as error:
+            problems += error.problems
+    raise_all(problems)
+    for model in models[1:]:
+        problems += _mismatches(models[0], model, options.parts)
+    raise_all(problems)
+    return models
+
+
+def _mismatches(first: BaseModelFiles, model: BaseModelFiles, parts: Sequence[str]) -> list[UserError]:
+    where = str(model.path)
+    if model.family != first.family:
+        return [UserError(f"is {model.family.title}, while {first.path} is {first.family.title}", where=where)]
+    if model.resolved_prediction_type != first.resolved_prediction_type:
+        what = f"predicts {model.resolved_prediction_type}, while {first.path} predicts {first.resolved_prediction_type}"
+        return [UserError(what, where=where)]
+    return [problem for kind in parts for problem in _part_mismatches(first.parts[kind], model.parts[kind])]
+
+
+def _part_mismatches(first: ModelPart, part: ModelPart) -> list[UserError]:
+    title = PART_TITLES[part.kind]
+    missing = [name for name in first.sources if name not in part.sources]
+    extra = [name for name in part.sources if name not in first.sources]
+    found = []
+    for names, what in ((missing, f"its {title} lacks"), (extra, f"its {title} has, unlike {first.where},")):
+        if names:
+            found.append(UserError(f"{what} {counted(len(names), 'tensor')}: {some_names(names, SHOWN)}", where=part.where))
+    shapes = [
+        f"{name} is {part.sources[name].shape} and not {source.shape}"
+        for name, source in first.sources.items()
+        if name in part.sources and not same_up_to_ones(part.sources[name].shape, source.shape)
+    ]
+    if shapes:
+        what = f"its {title} has other shapes than that of {first.where}: {some_names(shapes, SHOWN)}"
+        found.append(UserError(what, where=part.where))
+    return found
+
+
+class WeightedSum:
+    """The change that turns the first model's tensors into the sum, for `plan_single_file`; it keeps what it did."""
+
+    def __init__(self, models: Sequence[BaseModelFiles], options: MergeOptions) -> None:
+        import torch
+
+        self._models, self._options = models, options
+        self._arithmetic: torch.dtype = getattr(torch, options.precision)
+        self._saved: torch.dtype = getattr(torch, options.saving_precision)
+        self.reports: dict[tuple[str, str], TensorReport] = {}
+
+    def __call__(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """The tensor to save, in the type to save."""
+        import torch
+
+        if not tensor.is_floating_point():
+            return tensor
+        merges = kind in self._options.parts
+        others = [model.parts[kind].sources[name].read().flatten() for model in self._models[1:]] if merges else []
+        ratios = self._options.ratios if merges else (1.0,)
+        flat, saved = tensor.flatten(), torch.empty(tensor.numel(), dtype=self._saved)
+        squares = [0.0] * 4
+        for start in range(0, len(flat), _CHUNK):
+            pieces = [self._moved(whole[start : start + _CHUNK]) for whole in (flat, *others)]
+            merged = pieces[0] * ratios[0]
+            for piece, ratio in zip(pieces[1:], ratios[1:], strict=True):
+                merged.add_(piece, alpha=ratio)
+            rounded = merged.to(self._saved)
+            saved[start : start + _CHUNK] = rounded
+            measured = (pieces[0], merged - pieces[0], merged, rounded.float() - merged.float())
+            squares = [total + _square(values) for total, values in zip(squares, measured, strict=True)]
+        if not math.isfinite(sum(squares)) and not saved.isfinite().all():  # squares of large values may overflow
+            raise self._not_finite(kind, name)
+        self.reports[kind, name] = TensorReport(*squares)
+        return saved.reshape(tensor.shape)
+
+    def _moved(self, piece: Tensor) -> Tensor:
+        return piece.to(self._options.device, self._arithmetic)
+
+    def _not_finite(self, kind: str, name: str) -> UserError:
+        where = f"{name} of the {PART_TITLES[kind]}"
+        models = self._models if kind in self._options.parts else self._models[:1]
+        faulty = [str(model.path) for model in models if not model.parts[kind].sources[name].read().isfinite().all()]
+        if faulty:
+            return UserError(f"has values that are not finite in {', '.join(faulty)}", where=where)
+        types = f"--precision {self._options.precision} and --saving_precision {self._options.saving_precision}"
+        remedy = "use bf16 or float, or smaller ratios"
+        return UserError(f"the sum is larger than {types} hold", where=where, remedy=remedy)
+
+
+def _square(values: Tensor) -> float:
+    """The sum of squares of a vector."""
+    values = values.float()
+    return float(values.dot(values))
+
+
+def merge_models(models: Sequence[BaseModelFiles], options: MergeOptions, *, progress: Progress) -> WeightedSum:
+    """Write the sum; the file is opened again and its tensors compared with what was computed, by hash.
+
+    Args:
+        models: as `open_models` gives them.
+        progress: counted in tensors.
+
+    Returns:
+        The sum, with a report for each tensor.
+
+    Raises:
+        UserError: no right, no space, or a sum that cannot be saved; there is no file then, or the old one.
+        RuntimeError: where what was written is not what was computed.
+    """
+    first, change = models[0], WeightedSum(models, options)
+    planned = plan_single_file(first, dtype=options.saving_precision, change=change)
+    metadata = {
+        **modelspec_metadata(
+            first.family,
+            first.resolved_prediction_type,
+            ModelDescription(title=options.target.stem, merged_from=", ".join(model.name for model in models)),
+            saved_at=datetime.now(),
+        ),
+        **config_metadata(first, planned),
+        RECIPE_KEY: json.dumps(_recipe(models, options)),
+    }
+    write_tensors(options.target, _counted(planned, progress), metadata, add_hashes=True)
+    _check_written(options.target, first, planned)
+    return change
+
+
+def _recipe(models: Sequence[BaseModelFiles], options: MergeOptions) -> dict[str, object]:
+    return {
+        "models": [model.name for model in models],
+        "ratios": list(options.ratios),
+        "parts": list(options.parts),
+        "precision": options.precision,
+    }
+
+
+def _counted(planned: Mapping[str, PlannedTensor], progress: Progress) -> dict[str, PlannedTensor]:
+    done = 0
+
+    def counting(tensor: PlannedTensor) -> PlannedTensor:
+        def make() -> Tensor:
+            nonlocal done
+            made = tensor.make()
+            done += 1
+            progress(done, len(planned))
+            return made
+
+        return replace(tensor, make=make)
+
+    return {key: counting(tensor) for key, tensor in planned.items()}
+
+
+def _check_written(target: Path, first: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> None:
+    file, model = open_tensor_file(target), open_base_model(target)
+    found = {key: (place.shape, place.dtype) for key, place in file.places.items()}
+    if found != {key: (tensor.shape, tensor.dtype) for key, tensor in planned.items()}:
+        raise RuntimeError(f"{target}: the tensors are not those that were planned")
+    if any(set(model.parts[kind].sources) != set(first.parts[kind].sources) for kind in PARTS):
+        raise RuntimeError(f"{target}: the parts are not those of {first.path}")
+    for name, value in sshs_hashes(target).items():
+        if file.metadata[name] != value:
+            raise RuntimeError(f"{target}: the tensors are not those that were computed")
+
+
+def left_out(models: Sequence[BaseModelFiles]) -> dict[str, list[str]]:
+    """Model -> tensors that belong to no part, of which only the first model's are kept."""
+    return {str(model.path): [*model.beside, *model.unmatched] for model in models[1:] if model.beside or model.unmatched}
+
+
+def report_lines(models: Sequence[BaseModelFiles], options: MergeOptions, done: WeightedSum) -> list[str]:
+    """What was done to each part, and how exact it is."""
+    lines = [f"{'part':14}{'tensors':>8}  {'from':22}{'away from the first':>20}{'rounding':>10}"]
+    for kind in PARTS:
+        reports = [report for (part, _), report in done.reports.items() if part == kind]
+        origin = f"{len(models)} models" if kind in options.parts else "the first model"
+        change_share = _relative([(report.change, report.first) for report in reports])
+        rounding = _relative([(report.rounding, report.merged) for report in reports])
+        lines.append(f"{PART_TITLES[kind]:14}{len(reports):8}  {origin:22}{change_share:20.2e}{rounding:10.1e}")
+    total = sum(options.ratios)
+    if not math.isclose(total, 1, abs_tol=1e-6):
+        lines.append(f"the ratios add up to {total:g}, not 1: all merged weights are scaled by that")
+    return lines
+
+
+def _relative(pairs: Sequence[tuple[float, float]]) -> float:
+    """||a|| / ||b|| from sums of squares."""
+    whole = sum(base for _, base in pairs)
+    return math.sqrt(sum(part for part, _ in pairs) / whole) if whole else 0.0

@@ -1,0 +1,120 @@
+"""Options of tools/merge_models.py, and the way from them to what the tool does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
+from library.errors import UserError, raise_all
+
+if TYPE_CHECKING:
+    from library.checkpoints.model_merging import MergeOptions
+
+PRECISIONS: Mapping[str, str] = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+MERGE_MODELS_OPTIONS = (
+    OptionGroup(
+        "models",
+        (
+            Option(name="models", many=True, help="two or more: .safetensors, .ckpt, diffusers folders, in any mix"),
+            Option(
+                name="ratios",
+                type=float,
+                many=True,
+                help="a factor for each model, which may be negative or above 1; without, all count the same",
+            ),
+            Option(name="unet_only", type=FLAG, help="merge the U-Net; text encoder and VAE are the first model's"),
+            Option(name="show_skipped", type=FLAG, help="name the tensors of the other models that belong to no part"),
+        ),
+    ),
+    OptionGroup(
+        "output",
+        (
+            Option(name="output", type=Path, help="the file to write; .safetensors is put behind a name without it"),
+            Option(name="device", default="cpu", help="where tensors are summed: cpu, cuda, cuda:1"),
+            Option(
+                name="precision",
+                choices=tuple(PRECISIONS),
+                default="float",
+                help="type in which tensors are summed; float rounds once, when saving",
+            ),
+            Option(name="saving_precision", choices=tuple(PRECISIONS), default="float", help="type of the saved tensors"),
+        ),
+    ),
+)
+
+
+def parse_merge_options(argv: Sequence[str], *, description: str) -> tuple[MergeOptions, bool]:
+    """What a command line asks for, and whether to name what is skipped.
+
+    Raises:
+        UserError: all that is wrong with it.
+    """
+    given = parse(argv, MERGE_MODELS_OPTIONS, description=description)
+    models = given["models"] or ()
+    target = _target(given["output"])
+    raise_all([*_count_problems(given, models), *_target_problems(given["output"], target, models)])
+
+    from library.checkpoints.model_merging import MergeOptions
+    from library.checkpoints.parts import PARTS, UNET
+
+    return (
+        MergeOptions(
+            models=models,
+            ratios=given["ratios"] or tuple(1 / len(models) for _ in models),
+            target=target,
+            parts=(UNET,) if given["unet_only"] else PARTS,
+            device=_device(given["device"]),
+            precision=PRECISIONS[given["precision"]],
+            saving_precision=PRECISIONS[given["saving_precision"]],
+        ),
+        given["show_skipped"],
+    )
+
+
+def _target(output: Path | None) -> Path:
+    if output is None or output.suffix == ".safetensors":
+        return output or Path()
+    return output.with_name(f"{output.name}.safetensors")
+
+
+def _count_problems(given: ParsedOptions, models: Sequence[str]) -> list[UserError]:
+    if len(models) < 2:
+        return [UserError("name two or more", where="--models")]
+    ratios = given["ratios"]
+    if ratios and len(ratios) != len(models):
+        what = f"{len(ratios)} for {len(models)} models"
+        return [UserError(what, where=given.where("ratios"), remedy="give one for each model, or none at all")]
+    return []
+
+
+def _target_problems(output: Path | None, target: Path, models: Sequence[str]) -> list[UserError]:
+    if output is None:
+        return [UserError("name the file to write", where="--output")]
+    where = f"--output {output}"
+    if output.suffix in OTHER_SUFFIXES:
+        return [UserError("only .safetensors files are written", where=where, remedy="convert it afterwards")]
+    if target.exists() and any(Path(model).exists() and target.samefile(model) for model in models):
+        return [UserError("is one of the models", where=where, remedy="name another file")]
+    return []
+
+
+def _device(name: str) -> str:
+    """
+    Raises:
+        UserError: a device that is none, or is not there.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    where = f"--device {name}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot be used here ({reason})", where=where, remedy="use cpu") from None
+    return name
