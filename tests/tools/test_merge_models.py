@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +196,31 @@ def test_models_that_do_not_belong_together_are_refused(tiny_sd1_file, tiny_sd2_
     refused(f"{cut}: is truncated", f"{tmp_path / 'none.ckpt'}: no such file", models=[cut, tmp_path / "none.ckpt"])
     save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
     refused("lora.safetensors", models=[tiny_sd1_file, tmp_path / "lora.safetensors"])
+
+
+class Malicious:
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.sentinel),)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tiny_sd1_file, tmp_path, capsys):
+    torch.save({"state_dict": {"w": torch.ones(1)}, "x": Malicious(tmp_path / "ran")}, tmp_path / "bad.ckpt")
+    refused = run(capsys, "--models", tiny_sd1_file, tmp_path / "bad.ckpt", "--output", tmp_path / "m")
+    assert_refused(refused, f"{tmp_path / 'bad.ckpt'}: ")
+    assert os.listdir(tmp_path) == ["bad.ckpt"]
+
+
+def test_where_there_is_no_space_the_old_file_stays(tiny_sd1_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "m.safetensors").write_bytes(b"old")
+    free = tiny_sd1_file.stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=free, used=0, free=free))
+    refused = run(capsys, "--models", tiny_sd1_file, tiny_sd1_file, "--output", tmp_path / "m")
+    assert_refused(refused, "MB are free on its disk; make room, or name another place")
+    assert (tmp_path / "m.safetensors").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,14 @@ def test_a_mistake_in_the_file_names_the_file(config, text, part):
 def test_a_missing_configuration_file_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         parsed("--config_file", str(tmp_path / "none.toml"))
+
+
+def test_values_given_by_place_are_converted_and_named_without_dashes():
+    places = (Option(name="source", type=Path, help="x"), Option(name="count", type=int, help="x"))
+    groups = (OptionGroup("x", (Option(name="fast", type=FLAG, help="x"),)),)
+    options = parse(["a/b", "--fast", "3"], groups, description="", positional=places)
+    assert (options["source"], options["count"], options["fast"]) == (Path("a/b"), 3, True)
+    with pytest.raises(UserError, match="^count: 'x' is not a whole number$"):
+        parse(["a", "x"], groups, description="", positional=places)
+    with pytest.raises(UserError, match="the following arguments are required: count"):
+        parse(["a"], groups, description="", positional=places)

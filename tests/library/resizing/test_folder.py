@@ -123,6 +123,15 @@ def test_broken_images_are_named_and_the_others_are_done(source):
     assert not {"broken.png", "broken+64x64.txt", "thin+32x32.jpg"} & written
 
 
+def test_a_mistake_found_in_another_process_keeps_its_sentence(source):
+    asked = options(source)
+    plan = plan_folder(asked)
+    (source.parent / "out" / "wide+64x64.jpg").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"wide\+64x64\.jpg: is a folder; name a file in it") as error:
+        resize_folder(plan, asked.target, progress=lambda done, total: None, processes=2)
+    assert error.value.what == "is a folder"
+
+
 def test_transparency_that_jpeg_cannot_hold_is_told(source):
     Image.new("RGBA", (90, 90)).save(source / "clear.png")
     asked = options(source)
