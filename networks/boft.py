@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.core import arguments, creation
+from networks.building import creation
+from networks.core import arguments
 from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import Algorithm
 from networks.core.factorization import power_of_two_factorization, smallest_even_factor

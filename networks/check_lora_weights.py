@@ -42,8 +42,8 @@ def work(argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(list(argv)))
 
     from library.checkpoints.tensor_files import open_tensor_file
-    from networks.core.checking import check_file, tensor_lines
-    from networks.core.file_adapters import family_of_adapter_file
+    from networks.formats.file_adapters import family_of_adapter_file
+    from networks.tools.checking import check_file, tensor_lines
 
     file = open_tensor_file(given["file"])
     family = family_of_adapter_file(file)

@@ -22,7 +22,7 @@ from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
-    from networks.core.file_conversion import FileConversion
+    from networks.tools.file_conversion import FileConversion
 
 READERS = ("comfyui", "a1111", "forge", "sdnext", "diffusers", "lycoris", "invokeai")
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -85,7 +85,7 @@ def conversion_of(given: ParsedOptions) -> FileConversion:
     Raises:
         UserError: all that is wrong with it at once.
     """
-    from networks.core.file_conversion import FileConversion
+    from networks.tools.file_conversion import FileConversion
 
     problems = [
         UserError("not given", where=f"--{name}", remedy=f"give {what}")
@@ -128,7 +128,7 @@ def conversion_of(given: ParsedOptions) -> FileConversion:
 def work(argv: Sequence[str]) -> int:
     given = parse(argv, OPTIONS, description=__doc__ or "")
     conversion = conversion_of(given)
-    from networks.core.file_conversion import convert_file
+    from networks.tools.file_conversion import convert_file
 
     print(*convert_file(conversion), sep="\n")
     return 0

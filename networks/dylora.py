@@ -7,7 +7,8 @@ the change of that step is
 
     dW_b = alpha / r * sqrt(r / b) * up[:, :b] @ down[:b]
 
-At b = r, and outside training, that is LoRA, and as LoRA it is saved; `networks/core/rank_cutting.py` takes lower ranks out.
+At b = r, and outside training, that is LoRA, and as LoRA it is saved. `networks/tools/rank_cutting.py` takes lower ranks
+out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.core import arguments, creation
+from networks.building import creation
+from networks.core import arguments
 from networks.core.adapter import LayerSpec
 from networks.core.additive import AdditiveAdapter
 from networks.core.algorithms import Algorithm

@@ -56,7 +56,7 @@ def check_options(given: ParsedOptions) -> None:
 def work(argv: Sequence[str]) -> int:
     given = parse(argv, OPTIONS, description=__doc__ or "")
     check_options(given)
-    from networks.core.rank_cutting import cut_file
+    from networks.tools.rank_cutting import cut_file
 
     for path in cut_file(given["model"], given["save_to"], given["unit"]):
         print(f"saved {path} (re-opened and compared)")

@@ -16,7 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from networks.core import arguments, creation
+from networks.building import creation
+from networks.core import arguments
 from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import Algorithm
 

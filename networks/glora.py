@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.core import arguments, creation
+from networks.building import creation
+from networks.core import arguments
 from networks.core.adapter import Adapter, LayerSpec, Weight
 from networks.core.algorithms import Algorithm
 

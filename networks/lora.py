@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.core import arguments, creation
+from networks.building import creation
+from networks.building.network import AdapterNetwork
+from networks.core import arguments
 from networks.core.adapter import LayerSpec, Weight, kept_by_dropout
 from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
@@ -40,7 +42,6 @@ from networks.core.lora_starts import (
     since_start,
     start_and_now,
 )
-from networks.core.network import AdapterNetwork
 
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:

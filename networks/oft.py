@@ -19,7 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from networks.core import arguments, creation
+from networks.building import creation
+from networks.core import arguments
 from networks.core.adapter import LayerSpec
 from networks.core.algorithms import Algorithm
 from networks.core.arguments import Parser

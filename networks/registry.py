@@ -11,7 +11,7 @@ from library.errors import UserError, near_names
 from networks.core.algorithms import ALGORITHMS
 
 if TYPE_CHECKING:
-    from networks.core.third_party import ThirdPartyModule
+    from networks.building.third_party import ThirdPartyModule
 
 NETWORK_MODULES: dict[str, str] = {
     entry.place.partition(":")[0]: entry.title for entry in ALGORITHMS.values() if entry.place.endswith(":ALGORITHM")
@@ -68,6 +68,6 @@ def load_network_module(name: str) -> ModuleType | ThirdPartyModule:
         raise UserError("is not a network module: it has no function create_network", where=where, remedy=_known())
     if resolved in NETWORK_MODULES:
         return module
-    from networks.core.third_party import ThirdPartyModule
+    from networks.building.third_party import ThirdPartyModule
 
     return ThirdPartyModule(module, name)

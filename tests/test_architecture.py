@@ -26,7 +26,15 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "cv
 LONGEST_FUNCTION = 80  # lines, the docstring not counted
 LONGEST_FILE = 700
 LONGEST_CHAIN = 4
-SILENT_ROOMS = ("library/diffusion/", "library/families/", "library/conditioning/", "networks/core/")
+SILENT_ROOMS = (
+    "library/diffusion/",
+    "library/families/",
+    "library/conditioning/",
+    "networks/core/",
+    "networks/formats/",
+    "networks/building/",
+    "networks/tools/",
+)
 
 
 @cache

@@ -12,16 +12,16 @@ from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS
 from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS
 from library.cli.training_options import TRAINING_OPTIONS
 from library.generation.prompt_options import PREVIEW_OPTIONS
+from networks.building import creation
+from networks.building.presets import PRESETS
+from networks.building.selection import SELECTION_ARGUMENTS
 from networks.check_lora_weights import OPTIONS as CHECK_OPTIONS
 from networks.convert_lora import OPTIONS as ADAPTER_CONVERSION_OPTIONS
-from networks.core import creation
 from networks.core.algorithms import ALGORITHMS, algorithm
-from networks.core.presets import PRESETS
-from networks.core.readers import READERS
-from networks.core.reading import Effect, verdict_of
-from networks.core.selection import SELECTION_ARGUMENTS
-from networks.core.traits import Trait
 from networks.extract_lora_from_dylora import OPTIONS as EXTRACTION_OPTIONS
+from networks.formats.readers import READERS
+from networks.formats.reading import Effect, verdict_of
+from networks.formats.traits import Trait
 from networks.registry import NETWORK_MODULES
 from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
 

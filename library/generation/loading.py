@@ -12,7 +12,7 @@ from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.options import GenerationOptions
 from library.generation.pipeline import Pipeline, PipelineModels
-from networks.core.third_party import require_all_loaded
+from networks.building.third_party import require_all_loaded
 from networks.registry import load_network_module
 
 

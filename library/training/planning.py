@@ -21,7 +21,7 @@ from library.training import preparation as prepare
 from library.training.caption_lengths import cut_caption_notes
 from library.training.options import TrainingOptions
 from library.training.plan import PlanFacts, RunLength, run_length
-from networks.core.third_party import ThirdPartyModule
+from networks.building.third_party import ThirdPartyModule
 from networks.registry import load_network_module
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from networks.core.summary import GroupSummary
+    from networks.building.summary import GroupSummary
 
 
 def check_names(options: TrainingOptions) -> None:
@@ -65,7 +65,7 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
 def adapters_may_rest(options: TrainingOptions) -> bool:
     """Whether a step may pass without some parameters: an adapter's layer is dropped, clip skip leaves it out, or its
     algorithm trains one part of it at a time; whether third-party modules do is not known."""
-    from networks.core.creation import algorithms_used
+    from networks.building.creation import algorithms_used
     from networks.registry import load_network_module
 
     if options.captions.clip_skip not in (None, 1) or options.network.args.get("module_dropout", "0") != "0":
@@ -193,7 +193,7 @@ def load_start_weights(network: Any, options: NetworkOptions) -> None:
     Raises:
         UserError: the file does not fit the network.
     """
-    from networks.core.third_party import require_all_loaded
+    from networks.building.third_party import require_all_loaded
 
     if options.weights:
         require_all_loaded(network.load_weights(str(options.weights)), f"--network_weights {options.weights}")

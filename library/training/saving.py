@@ -134,8 +134,8 @@ class RunFiles:
     def news_of_readers(self, path: Path) -> str | None:
         """Which programs read a saved file rightly and what the others make of it; None where that was said already."""
         from library.checkpoints.tensor_files import open_tensor_file
-        from networks.core.readers import readers_sentence, readings
-        from networks.core.traits import read_header
+        from networks.formats.readers import readers_sentence, readings
+        from networks.formats.traits import read_header
 
         sentence = readers_sentence(readings(read_header(open_tensor_file(path), self.family)))
         if sentence == self.readers_said:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from library.families.sd1 import SD1
 from networks.check_lora_weights import work
-from networks.core.checking import measure_layer, table
+from networks.tools.checking import measure_layer, table
 from tests.support.command_lines import assert_refused, run_script
 from tests.support.tiny_models import build_tiny_parts
 

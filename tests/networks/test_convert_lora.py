@@ -16,8 +16,8 @@ from library.errors import UserError
 from library.families.sd1 import SD1
 from networks import lora
 from networks.convert_lora import READERS, work
-from networks.core import readers
-from networks.core.keys import by_layer, to_kohya
+from networks.formats import readers
+from networks.formats.keys import by_layer, to_kohya
 from tests.support.command_lines import assert_refused, run_script
 from tests.support.tiny_models import build_tiny_parts
 

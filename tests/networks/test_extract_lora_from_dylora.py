@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.hashes import sshs_hashes
 from networks import dylora, loha, lora
-from networks.core.rank_cutting import cut_file, cut_layer
 from networks.extract_lora_from_dylora import work
+from networks.tools.rank_cutting import cut_file, cut_layer
 from tests.networks.cases import acting, attached, layer_and_input, stream
 from tests.networks.test_dylora import module
 from tests.support.command_lines import assert_refused, run_script

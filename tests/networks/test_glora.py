@@ -7,7 +7,7 @@ import torch
 
 from networks import glora
 from networks.core.adapter import LayerSpec
-from networks.core.traits import is_old_glora
+from networks.formats.traits import is_old_glora
 from networks.glora import GLoRAModule, glora_delta, in_our_naming, other_naming
 from tests.networks.cases import acting, attached, layer_and_input, stream
 from tests.networks.double_precision import assert_same_output_and_gradients

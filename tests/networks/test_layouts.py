@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.tensor_files import open_tensor_file
 from networks import lora
-from networks.core.file_adapters import stream_layers
-from networks.core.keys import to_original, to_peft
+from networks.formats.file_adapters import stream_layers
+from networks.formats.keys import to_original, to_peft
 from tests.networks.test_interchange import outputs, pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module")

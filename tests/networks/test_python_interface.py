@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from library.families.sd1 import SD1
 from networks import lora
-from networks.core.keys import to_original, to_peft
+from networks.formats.keys import to_original, to_peft
 from networks.lora import LoRAModule, create_network_from_weights
 from tests.networks.test_interchange import pipeline
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from library.checkpoints.tensor_files import open_tensor_file
 from library.families.sd1 import SD1
 from networks.core.adapter import LayerSpec
-from networks.core.file_adapters import adapter_of_layer
-from networks.core.readers import READERS
-from networks.core.reading import read_by
-from networks.core.traits import Header, read_header
+from networks.formats.file_adapters import adapter_of_layer
+from networks.formats.readers import READERS
+from networks.formats.reading import read_by
+from networks.formats.traits import Header, read_header
 
 ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 FEED = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj"

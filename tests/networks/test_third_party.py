@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from library.errors import UserError
-from networks.core.third_party import ThirdPartyModule
+from networks.building.third_party import ThirdPartyModule
 from networks.registry import load_network_module
 from tests.support.command_lines import assert_refused, dataset_file, draw_images, train_here
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from networks import lora
 from networks.core.adapter import LayerSpec
-from networks.core.files import save_tensors
+from networks.formats.files import save_tensors
 from networks.lora import LoRAModule
 from tests.networks.cases import attached, changed, layer_and_input, stream
 

@@ -1,0 +1,55 @@
+"""The weights of a base model by our layer names, read one at a time: for changes that depend on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.checkpoints.parts import TEXT_ENCODER, UNET
+from library.errors import UserError
+from networks.core.adapter import LayerSpec
+from networks.formats.layer_names import layer_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.checkpoints.base_model import BaseModelFiles
+    from library.checkpoints.parts import TensorSource
+
+_PARTS = {"text_encoder": TEXT_ENCODER, "denoiser": UNET}
+_TEXT_LEVEL = "text_model."  # which transformers' modules have, or have not
+
+
+class BaseWeights:
+    """Of one model.
+
+    Args:
+        model: whose weights are read when they are asked for.
+    """
+
+    def __init__(self, model: BaseModelFiles) -> None:
+        self.model = model
+
+    def spec(self, name: str) -> LayerSpec:
+        """The shape of a layer.
+
+        Raises:
+            UserError: the model has no such layer.
+        """
+        source = self._source(name, "weight")
+        if source is None:
+            raise UserError(f"has no layer {name}", where=str(self.model.path), remedy="give the model it was trained on")
+        return LayerSpec(weight_shape=source.shape, has_bias=self._source(name, "bias") is not None)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a layer, as stored; `spec` finds out whether there is one."""
+        source = self._source(name, "weight")
+        assert source is not None
+        return source.read()
+
+    def _source(self, name: str, tensor: str) -> TensorSource | None:
+        found = layer_names(self.model.family).find(name)
+        if found is None:
+            return None
+        sources = self.model.parts[_PARTS[found.part]].sources
+        path = f"{found.path}.{tensor}"
+        return sources.get(path) or sources.get(path.removeprefix(_TEXT_LEVEL))

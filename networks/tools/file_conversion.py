@@ -1,0 +1,344 @@
+"""Converting an adapter file: read layer by layer, planned and asked of the readers before anything is written, and proved.
+
+What is written is opened again: its bytes are compared with what was meant, its changes with those of the source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.tensor_files import open_tensor_file
+from library.errors import UserError, counted, some_names
+from library.families.family import ModelFamily
+from networks.core.algorithms import algorithm_of
+from networks.formats.base_weights import BaseWeights
+from networks.formats.file_adapters import family_of_adapter_file, stream_layers
+from networks.formats.files import save_tensors
+from networks.formats.keys import to_peft
+from networks.formats.readers import READERS, readers_sentence, readings
+from networks.formats.reading import Reader, read_by
+from networks.tools.conversion import (
+    DOWN,
+    CannotHold,
+    LayerError,
+    LayerTensors,
+    SourceLayer,
+    as_full,
+    as_lora,
+    form_for,
+    header_of,
+    relative_error,
+    with_one_alpha,
+    with_whole_attention,
+    with_width_shown,
+)
+
+if TYPE_CHECKING:
+    from library.checkpoints.tensor_places import TensorFile
+
+Layout = Literal["kohya", "diffusers"]
+DTYPES: Mapping[str, torch.dtype] = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileConversion:
+    """What is asked for.
+
+    Attributes:
+        source, target: files.
+        layout: of the target's keys.
+        algorithm: "lora" or "full"; None for what each layer is, or what the readers want.
+        rank: of LoRA at most; None for as much as is exact.
+        base: checkpoint, folder or Hub id of the model that it was trained on; None without one.
+        readers: names in `READERS`; every layer gets a form that all of them apply rightly. Empty: none are asked.
+        precision: in `DTYPES`; None for the source's.
+        leave_out: write without what the form cannot hold.
+    """
+
+    source: Path
+    target: Path
+    layout: Layout = "kohya"
+    algorithm: Literal["lora", "full"] | None = None
+    rank: int | None = None
+    base: str | None = None
+    readers: tuple[str, ...] = ()
+    precision: str | None = None
+    leave_out: bool = False
+
+
+@dataclass
+class Plan:
+    """What the target holds.
+
+    Attributes:
+        layers: by our names.
+        dtypes: of each layer.
+        forms: "loha: LoRA" -> number of layers.
+        losses: layer -> what of it is left out.
+        changed: layers that are written in another form than they have.
+    """
+
+    layers: dict[str, LayerTensors] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    forms: Counter[str] = field(default_factory=Counter)
+    losses: dict[str, str] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+
+@torch.no_grad()
+def convert_file(options: FileConversion) -> list[str]:
+    """Convert a file.
+
+    Returns:
+        Lines about what was done; the last says who applies the result rightly.
+
+    Raises:
+        UserError: what cannot be converted so, before anything is written; or a place that cannot be written to.
+    """
+    try:
+        return _convert(open_tensor_file(options.source), options)
+    except LayerError as error:
+        raise UserError(error.what, where=f"{options.source}, {error.where}", remedy=error.remedy) from None
+
+
+def _convert(file: TensorFile, options: FileConversion) -> list[str]:
+    if options.target.exists() and options.target.samefile(options.source):
+        raise UserError("is the file to convert", where=f"--save_to {options.target}", remedy="give another name")
+    family = family_of_adapter_file(file)
+    base = _open_base(options.base, family) if options.base else None
+    asked = [READERS[name] for name in options.readers]
+    plan = Plan()
+    for name, tensors in stream_layers(file, family):
+        _plan_layer(plan, SourceLayer.read(name, tensors, family, base), options, asked, family)
+    _refuse_losses(plan, options)
+    if not plan.layers:
+        raise UserError("nothing is left to write", where=str(options.source))
+    if asked:
+        _fit_together(plan, asked, family, base, options)
+    _round(plan)
+    tensors, said = _named(plan.layers, options, family)
+    _check_readers(asked, tensors, family, options)
+    errors = _errors(file, family, base, plan)
+    save_tensors(options.target, tensors, None, _metadata(file.metadata, plan, options) | said)
+    _prove(options.target, tensors, plan.layers, family)
+    return [*_lines(plan, options), *_error_lines(errors), _last_line(options.target, asked, family)]
+
+
+def _open_base(path: str, family: ModelFamily) -> BaseWeights:
+    from library.checkpoints.base_model import open_base_model
+
+    model = open_base_model(path)
+    if model.family != family:
+        what = f"is {model.family.title}, and the adapter is for {family.title}"
+        raise UserError(what, where=f"--base {path}", remedy="give the model it was trained on")
+    return BaseWeights(model)
+
+
+def _plan_layer(
+    plan: Plan, layer: SourceLayer, options: FileConversion, asked: Sequence[Reader], family: ModelFamily
+) -> None:
+    """Decide on a layer's form and add it to the plan."""
+    found = algorithm_of({tensor: tuple(value.shape) for tensor, value in layer.tensors.items()}) or "unknown"
+    try:
+        form, tensors = _form(layer, options, asked, family)
+    except CannotHold as error:
+        plan.losses[layer.name] = str(error)
+        if not options.leave_out or layer.known_adapter().spec.is_norm:
+            return
+        form, tensors = "LoRA without bias", as_lora(layer, options.rank, without_bias=True)
+    plan.forms[f"{found}: {form}"] += 1
+    plan.layers[layer.name] = tensors
+    if tensors is not layer.tensors:
+        plan.changed.add(layer.name)
+    floats = [value.dtype for value in layer.tensors.values() if value.is_floating_point()]
+    plan.dtypes[layer.name] = DTYPES[options.precision] if options.precision else max(floats, key=lambda d: d.itemsize)
+
+
+def _form(
+    layer: SourceLayer, options: FileConversion, asked: Sequence[Reader], family: ModelFamily
+) -> tuple[str, LayerTensors]:
+    if options.algorithm == "lora":
+        return "LoRA", as_lora(layer, options.rank)
+    if options.algorithm == "full":
+        return "the full difference", as_full(layer)
+    return form_for(layer, asked, options.rank, family) if asked else ("as it is", layer.tensors)
+
+
+def _refuse_losses(plan: Plan, options: FileConversion) -> None:
+    """Say what would be lost, unless that is allowed."""
+    if plan.losses and not options.leave_out:
+        reasons = "; ".join(dict.fromkeys(plan.losses.values()))
+        names = some_names(list(plan.losses), 3)
+        raise UserError(
+            f"something of {counted(len(plan.losses), 'layer')} would be lost ({names}): {reasons}",
+            where=str(options.source),
+            remedy="use --leave_out to write the file without it, or choose another form",
+        )
+
+
+def _fit_together(
+    plan: Plan, asked: Sequence[Reader], family: ModelFamily, base: BaseWeights | None, options: FileConversion
+) -> None:
+    """What the readers want of the layers together: whole attention, a layer that shows the family, one alpha."""
+    before = plan.layers
+    if not _all_right(plan.layers, asked, family):
+        plan.layers = with_whole_attention(plan.layers)
+    if any(reader.wants_width and not _all_right(plan.layers, [reader], family) for reader in asked):
+        plan.layers = with_width_shown(plan.layers, family, options.rank, base)
+    if any(reader.wants_one_alpha for reader in asked):
+        plan.layers = with_one_alpha(plan.layers)
+    usual = next(iter(plan.dtypes.values()))
+    plan.dtypes = {name: plan.dtypes.get(name, usual) for name in plan.layers}
+    plan.changed |= {name for name, tensors in plan.layers.items() if before.get(name) is not tensors}
+
+
+def _all_right(layers: Mapping[str, LayerTensors], asked: Sequence[Reader], family: ModelFamily) -> bool:
+    header = header_of(_flat(layers), family)
+    return all(read_by(reader, header).is_right for reader in asked)
+
+
+def _flat(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:
+    return {f"{name}.{tensor}": value for name, tensors in layers.items() for tensor, value in tensors.items()}
+
+
+def _round(plan: Plan) -> None:
+    """Bring every tensor to its layer's type; an alpha that would lose digits, and values beyond its range, stay in fp32."""
+    for name, tensors in plan.layers.items():
+        plan.layers[name] = {tensor: _rounded(value, plan.dtypes[name]) for tensor, value in tensors.items()}
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value.contiguous()
+    rounded = value.to(dtype)
+    exact = value.dim() > 0 or torch.equal(rounded.float(), value.float())
+    kept = exact and (bool(rounded.isfinite().all()) or not bool(value.isfinite().all()))
+    return (rounded if kept else value.float()).contiguous()
+
+
+def _named(
+    layers: Mapping[str, LayerTensors], options: FileConversion, family: ModelFamily
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under the names of the target's layout, and metadata that belong to it."""
+    if options.layout == "kohya":
+        return _flat(layers), {}
+    try:
+        return to_peft(_flat(layers), family)
+    except UserError as error:
+        raise UserError(error.what, where=str(options.source), remedy="use --to kohya, or --algorithm lora") from None
+
+
+def _check_readers(
+    asked: Sequence[Reader], tensors: Mapping[str, Tensor], family: ModelFamily, options: FileConversion
+) -> None:
+    results = [read_by(reader, header_of(tensors, family)) for reader in asked]
+    faults = [str(result) for result in results if not result.is_right]
+    if faults:
+        where = f"--for {' '.join(options.readers)}"
+        raise UserError(f"no form of this file is read rightly: {'; '.join(faults)}", where=where, remedy=_OTHER_READER)
+
+
+_OTHER_READER = "leave --for out, or name another reader"
+
+
+def _errors(file: TensorFile, family: ModelFamily, base: BaseWeights | None, plan: Plan) -> dict[str, tuple[float, float]]:
+    """Layer -> norms of what its change lost and of what it was, for the layers whose tensors are not as they were."""
+    errors = {}
+    for name, tensors in stream_layers(file, family):
+        written = plan.layers.get(name)
+        if written is None or _same(written, tensors):
+            continue
+        before, after = (SourceLayer.read(name, each, family, base) for each in (tensors, written))
+        if before.is_known and after.is_known:
+            errors[name] = relative_error(before.delta(), after.delta())
+    return errors
+
+
+def _same(written: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return written.keys() == other.keys() and all(torch.equal(written[name], other[name]) for name in written)
+
+
+def _error_lines(errors: Mapping[str, tuple[float, float]]) -> list[str]:
+    if not errors:
+        return ["the change is the same, bit for bit"]
+    lost, had = (math.hypot(*column) for column in zip(*errors.values(), strict=True))
+    shares = {name: loss / norm for name, (loss, norm) in errors.items() if norm}
+    whole = lost / had if had else 0.0
+    worst = max(shares, key=lambda name: shares[name], default=next(iter(errors)))
+    return [
+        f"relative error of the change: {whole:.2g} of all {counted(len(errors), 'converted layer')}, "
+        f"at most {shares.get(worst, 0.0):.2g} ({worst})"
+    ]
+
+
+def _lines(plan: Plan, options: FileConversion) -> list[str]:
+    forms = ", ".join(f"{number} {form}" for form, number in plan.forms.items())
+    ranks = sorted({len(tensors[DOWN]) for tensors in plan.layers.values() if DOWN in tensors})
+    words = f"; ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"; rank {ranks[0]}" if ranks else ""
+    size = sum(value.numel() * value.element_size() for tensors in plan.layers.values() for value in tensors.values())
+    lines = [f"{options.target}: {counted(len(plan.layers), 'layer')} ({forms}){words}; {size / 2**20:.1f} MiB"]
+    if plan.losses:
+        reasons = "; ".join(dict.fromkeys(plan.losses.values()))
+        lines.append(f"left out something of {counted(len(plan.losses), 'layer')}: {reasons}")
+    return lines
+
+
+def _last_line(target: Path, asked: Sequence[Reader], family: ModelFamily) -> str:
+    from networks.formats.traits import read_header
+
+    header = read_header(open_tensor_file(target), family)
+    if not asked:
+        return readers_sentence(readings(header))
+    titles = ", ".join(reader.title for reader in asked if read_by(reader, header).is_right)
+    return f"applied rightly by {titles} (re-opened and compared)"
+
+
+_OF_THE_SOURCE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def _metadata(source: Mapping[str, str], plan: Plan, options: FileConversion) -> dict[str, str]:
+    """The source's metadata with what is different now; hashes are the writer's to add."""
+    kept = {key: text for key, text in source.items() if key not in _OF_THE_SOURCE}
+    if not plan.changed:
+        return kept
+    comment = kept.get("ss_training_comment", "None")
+    told = f"converted from {options.source.name}"
+    kept["ss_training_comment"] = told if comment in ("None", "") else f"{told}; {comment}"
+    ranks = {str(len(tensors[DOWN])) for tensors in plan.layers.values() if DOWN in tensors}
+    alphas = {f"{float(tensors['alpha']):g}" for tensors in plan.layers.values() if DOWN in tensors and "alpha" in tensors}
+    for key, values in (("ss_network_dim", ranks), ("ss_network_alpha", alphas)):
+        kept.pop(key, None)
+        if values:
+            kept[key] = next(iter(values)) if len(values) == 1 else "Dynamic"
+    kept.pop("ss_network_args", None)
+    kept["ss_network_module"] = "networks.lora" if ranks else "networks.full"
+    return kept
+
+
+def _prove(target: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerTensors], family: ModelFamily) -> None:
+    """Open the written file again: its tensors are those meant, and mean the layers that were meant.
+
+    Raises:
+        UserError: they are not; the file stays for inspection.
+    """
+    file = open_tensor_file(target)
+    same = set(file.keys()) == set(tensors) and all(torch.equal(file.read(key), tensors[key]) for key in tensors)
+    if same:
+        read = dict(stream_layers(file, family))
+        same = read.keys() == layers.keys() and all(_means(read[name], layers[name]) for name in layers)
+    if not same:
+        raise UserError("differs from what was meant", where=str(target), remedy="the disk may be at fault; save elsewhere")
+
+
+def _means(read: Mapping[str, Tensor], meant: Mapping[str, Tensor]) -> bool:
+    """Whether tensors say what was meant; a file may add the alpha that its absence means."""
+    return all(name in read and torch.equal(read[name].reshape(value.shape), value) for name, value in meant.items())
