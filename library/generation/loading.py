@@ -12,7 +12,7 @@ from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.options import GenerationOptions
 from library.generation.pipeline import Pipeline, PipelineModels
-from networks.building.third_party import require_all_loaded
+from networks.building.third_party import ThirdPartyModule, require_all_loaded
 from networks.registry import load_network_module
 
 
@@ -48,6 +48,8 @@ def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[
     networks = []
     for use in options.networks:
         module: Any = load_network_module(use.module)
+        if options.merge_networks and isinstance(module, ThirdPartyModule):
+            module.check_merging(f"--network_weights {use.file}")
         network, weights = module.create_network_from_weights(
             use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
         )

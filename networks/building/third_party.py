@@ -36,6 +36,20 @@ class ThirdPartyModule:
         self.__name__ = module.__name__
         self._where = f"--network_module {name}"
 
+    def check_merging(self, file: str) -> None:
+        """Refuse to merge where that is known to give something else than attaching.
+
+        Raises:
+            UserError: LyCORIS, whose networks of 4.1 merge with strength 1 whatever is asked, and LoHa and LoKr with their
+                scale twice.
+        """
+        if self.module.__name__ == _LYCORIS:
+            raise UserError(
+                "would be merged wrongly by LyCORIS, which leaves out the strength",
+                where=file,
+                remedy="use --network_module networks.lora, which reads its files, or leave out --network_merge",
+            )
+
     def create_network(
         self,
         multiplier: float,

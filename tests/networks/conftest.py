@@ -47,6 +47,15 @@ def _clean(models: Models) -> Iterator[Models]:
         module._forward_hooks.clear()
     for name, value in models.unet.state_dict().items():
         assert name not in before or torch.equal(value, before[name]), f"a test left {name} changed"
+    for model in (models.unet, models.text_encoder):
+        replaced = [name for name, module in model.named_modules() if _foreign_forward(module)]
+        assert not replaced, f"a test left another program's layers on {len(replaced)} modules"
+
+
+def _foreign_forward(module: nn.Module) -> bool:
+    """Whether another program has put its own function in the place of a layer's `forward`."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module
 
 
 @pytest.fixture(scope="session")

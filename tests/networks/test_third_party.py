@@ -303,3 +303,11 @@ def test_what_it_lacks_or_refuses_is_a_sentence(own_module, train, tmp_path, sd1
     assert isinstance(module, ThirdPartyModule)
     with pytest.raises(UserError, match="--network_module their_factors: cannot read adapter files"):
         module.create_network_from_weights(1.0, "a.safetensors", None, sd1.text_encoder, sd1.unet)
+
+
+def test_merging_is_refused_where_the_package_does_it_wrongly(trained, tiny_sd1_folder, tmp_path):
+    import gen_img_diffusers
+
+    arguments = ["--ckpt", tiny_sd1_folder, "--network_module", "lycoris.kohya", "--network_weights", trained("lokr")]
+    arguments += ["--network_merge", "--prompt", "a", "--outdir", tmp_path / "out", "--steps", "1"]
+    assert gen_img_diffusers.main([str(argument) for argument in arguments]) == 2
