@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from networks import lora
+from networks.registry import NETWORK_MODULES
 from tests.support.command_lines import assert_refused, dataset_file, draw_images, run_script, train_here
 from tests.support.tiny_models import build_tiny_parts
 
@@ -129,3 +130,45 @@ def test_dropout_of_the_command_line_acts_where_there_are_neurons(train):
         assert json.loads(file.metadata()["ss_network_args"]) == {"dropout": "0.5"}
     refused, _ = train("--network_module networks.loha --network_dropout 0.5")
     assert_refused(refused, "--network_dropout: LoHa has no neurons to drop")
+
+
+FORMS = {
+    "LoRA": "networks.lora --network_dim 4",
+    "DyLoRA": 'networks.dylora --network_dim 4 --network_args "unit=2"',
+    "LoHa": 'networks.loha --network_dim 2 --network_args "conv_dim=2" "use_tucker=True"',
+    "LoKr": 'networks.lokr --network_dim 2 --network_args "factor=4" "decompose_both=True"',
+    "GLoRA": "networks.glora --network_dim 2",
+    "(IA)3": "networks.ia3",
+    "OFT": 'networks.oft --network_dim 4 --network_args "constraint=0.01"',
+    "BOFT": "networks.boft --network_dim 8",
+    "Full": 'networks.full --network_args "preset=unet-only" "train_norm=True"',
+}
+
+
+def test_every_module_is_trained_below():
+    assert {words.split()[0] for words in FORMS.values()} == set(NETWORK_MODULES)
+
+
+@pytest.mark.parametrize("title", FORMS)
+def test_every_algorithm_is_trained_saved_and_read(train, title, base):
+    finished, path = train(f"--network_module {FORMS[title]}", base=base)
+    finished.require_success()
+    with safe_open(path, "pt") as file:
+        variants = json.loads(file.metadata()["ss_network_variants"])
+    assert sum(count for variant, count in variants.items() if variant.startswith(title)) > 50
+    parts = build_tiny_parts(SD1 if "sd1" in str(base) else SD2)
+    network, _ = lora.create_network_from_weights(1.0, path, None, parts["text_encoder"], parts["unet"])
+    assert len(network.targets) == sum(variants.values())
+    changes = [adapter.delta_weight(target.layer.weight).abs().max() for target, adapter in network.items()]
+    assert sum(change > 0 for change in changes) > 0.9 * len(changes), "two steps have moved nearly all layers"
+
+
+def test_the_metadata_tell_the_files_rank_where_it_is_not_the_trained_one(train):
+    finished, path = train('--network_module networks.lora --network_dim 4 --network_alpha 2 --network_args "init=pissa"')
+    finished.require_success()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("8", "4.0")
+    tensors = load_file(path)
+    assert {len(tensor) for key, tensor in tensors.items() if "lora_down" in key} == {8}
+    assert {float(tensor) for key, tensor in tensors.items() if key.endswith("alpha")} == {4.0}

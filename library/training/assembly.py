@@ -211,6 +211,7 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
     options = run.options
     accelerator, accumulation = run.accelerator, run.length.accumulation
     train_samples, regularisation_samples = sample_counts(run.dataset)
+    rank, alpha = prepare.rank_and_alpha_of_files(network, options.network)
     facts = RunFacts(
         session_id=random.SystemRandom().getrandbits(32),
         started_at=run.started_at,
@@ -220,7 +221,8 @@ def _files(run: PlannedRun, network: Any, optimizer: str) -> RunFiles:
         base_model=base_model_metadata(run.base.path, run.options.base.vae),
         dataset=dataset_metadata(run.dataset, processes=accelerator.num_processes, accumulation=accumulation),
         optimizer=optimizer,
-        network_dim=prepare.network_rank(network, options.network),
+        network_dim=rank,
+        network_alpha=alpha,
         total_steps=run.length.steps,
         total_epochs=run.length.epochs,
         batches_per_epoch=run.length.batches_per_epoch,

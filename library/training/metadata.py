@@ -45,6 +45,7 @@ class RunFacts:
     dataset: Mapping[str, str]
     optimizer: str
     network_dim: int | None
+    network_alpha: float | None
     total_steps: int
     total_epochs: int
     batches_per_epoch: int
@@ -173,7 +174,7 @@ def _about_the_network(options: TrainingOptions, facts: RunFacts) -> dict[str, A
     return {
         "ss_network_module": options.network.module,
         "ss_network_dim": facts.network_dim,
-        "ss_network_alpha": options.network.alpha,
+        "ss_network_alpha": facts.network_alpha,
         "ss_network_dropout": options.network.dropout,
         "ss_scale_weight_norms": options.network.scale_weight_norms,
         "ss_learning_rate": options.optimizer.learning_rate,

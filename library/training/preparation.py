@@ -254,14 +254,19 @@ def _row_text(row: GroupSummary, *, own_rate: bool) -> str:
     return ", ".join(facts)
 
 
-def network_rank(network: Any, options: NetworkOptions) -> int | None:
-    """The rank that a file is said to have: the one given, else the one most of its layers have."""
-    if options.dim is not None and not options.dim_from_weights:
-        return options.dim
-    if not hasattr(network, "items"):
-        return options.dim
-    ranks = [adapter.rank for _, adapter in network.items() if adapter.rank]
-    return max(set(ranks), key=ranks.count) if ranks else options.dim
+def rank_and_alpha_of_files(network: Any, options: NetworkOptions) -> tuple[int | None, float | None]:
+    """What a file is said to have: rank and alpha as given, else the rank that most of its layers have.
+
+    Where files hold more ranks than are trained (a start from the base weight counts twice), both are the file's.
+    """
+    given = options.dim if options.dim is not None and not options.dim_from_weights else None
+    adapters = [adapter for _, adapter in network.items() if adapter.rank] if hasattr(network, "items") else []
+    if not adapters:
+        return (given if given is not None else options.dim), options.alpha
+    ranks = [adapter.rank for adapter in adapters]
+    rank = given if given is not None else max(set(ranks), key=ranks.count)
+    times = max(adapter.rank_in_files // adapter.rank for adapter in adapters)
+    return rank * times, options.alpha if options.alpha is None else options.alpha * times
 
 
 def data_workers(wanted: int) -> int:

@@ -32,6 +32,7 @@ FACTS = RunFacts(
     dataset={"ss_dataset_dirs": "{}"},
     optimizer="torch.optim.adamw.AdamW()",
     network_dim=4,
+    network_alpha=1.0,
     total_steps=10,
     total_epochs=2,
     batches_per_epoch=5,
