@@ -46,10 +46,16 @@ class BaseWeights:
         assert source is not None
         return source.read()
 
-    def _source(self, name: str, tensor: str) -> TensorSource | None:
+    def place(self, name: str, tensor: str) -> tuple[str, str] | None:
+        """The part and the name there of a layer's "weight" or "bias"; None where the model has none."""
         found = layer_names(self.model.family).find(name)
         if found is None:
             return None
-        sources = self.model.parts[_PARTS[found.part]].sources
+        kind = _PARTS[found.part]
         path = f"{found.path}.{tensor}"
-        return sources.get(path) or sources.get(path.removeprefix(_TEXT_LEVEL))
+        names = [each for each in (path, path.removeprefix(_TEXT_LEVEL)) if each in self.model.parts[kind].sources]
+        return (kind, names[0]) if names else None
+
+    def _source(self, name: str, tensor: str) -> TensorSource | None:
+        place = self.place(name, tensor)
+        return None if place is None else self.model.parts[place[0]].sources[place[1]]

@@ -42,25 +42,53 @@ def family_of_adapter_file(file: TensorFile) -> ModelFamily:
     return family_of_adapter(shapes, metadata=file.metadata, where=where)
 
 
+class FileLayers:
+    """The layers of a file of any layout, by our names, each read when it is asked for.
+
+    Args:
+        file: opened.
+        family: of the models it is for.
+    """
+
+    def __init__(self, file: TensorFile, family: ModelFamily) -> None:
+        keys = file.keys()
+        ignored = set(ignored_keys(keys))
+        self._file, self._family, self._metadata = file, family, adapter_metadata(file)
+        self._keys: dict[str, list[str]] = {}
+        for key in keys:
+            if key not in ignored:
+                self._keys.setdefault(split_key(kohya_key(key, family))[0], []).append(key)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all layers, in the file's order; names that no layer of the family's models has are the file's own."""
+        return tuple(self._keys)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a layer under our names.
+
+        Raises:
+            UserError: one tensor under two names.
+        """
+        try:
+            tensors = to_kohya({key: self._file.read(key) for key in self._keys[name]}, self._family, self._metadata)
+        except UserError as error:
+            raise UserError(error.what, where=str(self._file.path), remedy=error.remedy) from None
+        return {split_key(key)[1]: tensor for key, tensor in tensors.items()}
+
+
 def stream_layers(file: TensorFile, family: ModelFamily) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Our name of each layer of a file of any layout, and its tensors under our names; those of one layer are read at once.
 
     Raises:
         UserError: one tensor under two names.
     """
-    keys = file.keys()
-    ignored = set(ignored_keys(keys))
-    layers: dict[str, list[str]] = {}
-    for key in keys:
-        if key not in ignored:
-            layers.setdefault(split_key(kohya_key(key, family))[0], []).append(key)
-    metadata = adapter_metadata(file)
-    for name, own in layers.items():
-        try:
-            tensors = to_kohya({key: file.read(key) for key in own}, family, metadata)
-        except UserError as error:
-            raise UserError(error.what, where=str(file.path), remedy=error.remedy) from None
-        yield name, {split_key(key)[1]: tensor for key, tensor in tensors.items()}
+    layers = FileLayers(file, family)
+    for name in layers.names:
+        yield name, layers.read(name)
 
 
 def adapter_of_layer(name: str, tensors: LayerTensors, spec: LayerSpec) -> Adapter:

@@ -128,7 +128,7 @@ def _convert(file: TensorFile, options: FileConversion) -> list[str]:
     _check_readers(asked, tensors, family, options)
     errors = _errors(file, family, base, plan)
     save_tensors(options.target, tensors, None, _metadata(file.metadata, plan, options) | said)
-    _prove(options.target, tensors, plan.layers, family)
+    prove(options.target, tensors, plan.layers, family)
     return [*_lines(plan, options), *_error_lines(errors), _last_line(options.target, asked, family)]
 
 
@@ -201,21 +201,23 @@ def _fit_together(
 
 
 def _all_right(layers: Mapping[str, LayerTensors], asked: Sequence[Reader], family: ModelFamily) -> bool:
-    header = header_of(_flat(layers), family)
+    header = header_of(flat(layers), family)
     return all(read_by(reader, header).is_right for reader in asked)
 
 
-def _flat(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:
+def flat(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:
+    """Layers by name as the tensors of a file."""
     return {f"{name}.{tensor}": value for name, tensors in layers.items() for tensor, value in tensors.items()}
 
 
 def _round(plan: Plan) -> None:
-    """Bring every tensor to its layer's type; an alpha that would lose digits, and values beyond its range, stay in fp32."""
+    """Bring every tensor to its layer's type."""
     for name, tensors in plan.layers.items():
-        plan.layers[name] = {tensor: _rounded(value, plan.dtypes[name]) for tensor, value in tensors.items()}
+        plan.layers[name] = {tensor: rounded(value, plan.dtypes[name]) for tensor, value in tensors.items()}
 
 
-def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the type to save; an alpha that would lose digits, and values beyond the type's range, stay in fp32."""
     value = value.detach().cpu()
     if not value.is_floating_point():
         return value.contiguous()
@@ -230,9 +232,9 @@ def _named(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under the names of the target's layout, and metadata that belong to it."""
     if options.layout == "kohya":
-        return _flat(layers), {}
+        return flat(layers), {}
     try:
-        return to_peft(_flat(layers), family)
+        return to_peft(flat(layers), family)
     except UserError as error:
         raise UserError(error.what, where=str(options.source), remedy="use --to kohya, or --algorithm lora") from None
 
@@ -324,7 +326,7 @@ def _metadata(source: Mapping[str, str], plan: Plan, options: FileConversion) ->
     return kept
 
 
-def _prove(target: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerTensors], family: ModelFamily) -> None:
+def prove(target: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerTensors], family: ModelFamily) -> None:
     """Open the written file again: its tensors are those meant, and mean the layers that were meant.
 
     Raises:
