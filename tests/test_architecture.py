@@ -21,6 +21,8 @@ DOORS = (
     "networks/extract_lora_from_dylora.py",
     "networks/check_lora_weights.py",
     "networks/convert_lora.py",
+    "networks/merge_lora.py",
+    "networks/svd_merge_lora.py",
 )
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "cv2", "bitsandbytes", "huggingface_hub"}
 LONGEST_FUNCTION = 80  # lines, the docstring not counted

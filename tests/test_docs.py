@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from library.cli.adapter_merge_options import MERGE_LORA_OPTIONS, SVD_MERGE_LORA_OPTIONS
 from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.merge_models_options import MERGE_MODELS_OPTIONS
 from library.cli.options import all_options
@@ -36,6 +37,8 @@ OF_OUR_SCRIPTS = (
     RESIZE_IMAGES_OPTIONS,
     SHOW_METADATA_OPTIONS,
     MERGE_MODELS_OPTIONS,
+    MERGE_LORA_OPTIONS,
+    SVD_MERGE_LORA_OPTIONS,
     CHECK_OPTIONS,
     ADAPTER_CONVERSION_OPTIONS,
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from library.cli.adapter_merge_options import MERGE_LORA_OPTIONS, SVD_MERGE_LORA_OPTIONS  # noqa: E402
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
 from library.cli.merge_models_options import MERGE_MODELS_OPTIONS  # noqa: E402
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
@@ -26,6 +27,8 @@ SCRIPTS = {
     "tools/resize_images_to_resolution.py": RESIZE_IMAGES_OPTIONS,
     "tools/show_metadata.py": SHOW_METADATA_OPTIONS,
     "tools/merge_models.py": MERGE_MODELS_OPTIONS,
+    "networks/merge_lora.py": MERGE_LORA_OPTIONS,
+    "networks/svd_merge_lora.py": SVD_MERGE_LORA_OPTIONS,
 }
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options

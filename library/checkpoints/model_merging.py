@@ -190,7 +190,7 @@ def merge_models(models: Sequence[BaseModelFiles], options: MergeOptions, *, pro
         RuntimeError: where what was written is not what was computed.
     """
     first, change = models[0], WeightedSum(models, options)
-    planned = plan_single_file(first, dtype=options.saving_precision, change=change)
+    planned = plan_single_file(first, dtype=options.saving_precision, change=change, from_headers=True)
     metadata = {
         **modelspec_metadata(
             first.family,

@@ -16,6 +16,7 @@ from library.checkpoints.base_model import BaseModelFiles
 from library.checkpoints.folder import scheduler_config
 from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences, infer_config
 from library.checkpoints.ldm_keys import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, split_third
+from library.checkpoints.part_names import check_names
 from library.checkpoints.parts import PARTS, TEXT_ENCODER, UNET, VAE, ModelPart, check_tensors
 from library.checkpoints.single_file import original_table
 from library.checkpoints.tensor_places import TensorFile
@@ -78,7 +79,7 @@ def _original_shape(kind: str, name: str, shape: tuple[int, ...], linear_project
 
 
 def plan_single_file(
-    model: BaseModelFiles, *, dtype: str | None = None, change: Change | None = None
+    model: BaseModelFiles, *, dtype: str | None = None, change: Change | None = None, from_headers: bool = False
 ) -> dict[str, PlannedTensor]:
     """Every tensor of a checkpoint in the original layout.
 
@@ -86,6 +87,8 @@ def plan_single_file(
         model: from a folder or a file; a file's tensors beside its parts are kept, except for averages.
         dtype: "float16", "bfloat16" or "float32"; None keeps what is stored.
         change: applied to each tensor of the parts.
+        from_headers: trust the shapes in the files instead of building the modules, which takes diffusers and transformers;
+            it is still seen where a tensor is missing.
 
     Raises:
         UserError: where the model lacks tensors.
@@ -94,9 +97,13 @@ def plan_single_file(
     thirds: dict[str, dict[int, PlannedTensor]] = {}
     for kind in PARTS:
         part = model.parts[kind]
-        shapes = part.module_shapes()
-        check_tensors(part, shapes)
         table = original_table(kind, part.config, model.family)
+        if from_headers:
+            check_names(part, table)
+            shapes = {name: source.shape for name, source in part.sources.items()}
+        else:
+            shapes = part.module_shapes()
+            check_tensors(part, shapes)
         for name, module_shape in shapes.items():
             original = table.to_original(name)
             if original is None:

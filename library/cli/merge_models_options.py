@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.cli.adapter_merge_options import PRECISIONS, checked_device
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from library.checkpoints.model_merging import MergeOptions
 
-PRECISIONS: Mapping[str, str] = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 MERGE_MODELS_OPTIONS = (
@@ -67,7 +67,7 @@ def parse_merge_options(argv: Sequence[str], *, description: str) -> tuple[Merge
             ratios=given["ratios"] or tuple(1 / len(models) for _ in models),
             target=target,
             parts=(UNET,) if given["unet_only"] else PARTS,
-            device=_device(given["device"]),
+            device=checked_device(given["device"]),
             precision=PRECISIONS[given["precision"]],
             saving_precision=PRECISIONS[given["saving_precision"]],
         ),
@@ -100,21 +100,3 @@ def _target_problems(output: Path | None, target: Path, models: Sequence[str]) -
     if target.exists() and any(Path(model).exists() and target.samefile(model) for model in models):
         return [UserError("is one of the models", where=where, remedy="name another file")]
     return []
-
-
-def _device(name: str) -> str:
-    """
-    Raises:
-        UserError: a device that is none, or is not there.
-    """
-    if name == "cpu":
-        return name
-    import torch
-
-    where = f"--device {name}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot be used here ({reason})", where=where, remedy="use cpu") from None
-    return name

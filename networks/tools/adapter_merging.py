@@ -1,0 +1,286 @@
+"""Several adapters as one file: the sum of their changes, exact or at a given rank, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from library.checkpoints.atomic import check_writable
+from library.checkpoints.base_model import open_base_model
+from library.checkpoints.metadata import ModelDescription, modelspec_metadata, read_modelspec
+from library.checkpoints.tensor_files import open_tensor_file
+from library.errors import UserError, counted, raise_all, some_names
+from library.families.family import EPSILON, ModelFamily
+from networks.formats.base_weights import BaseWeights
+from networks.formats.files import save_tensors
+from networks.formats.readers import readers_sentence, readings
+from networks.formats.traits import read_header
+from networks.tools.conversion import DOWN, LayerError, LayerTensors, SourceLayer, with_one_alpha
+from networks.tools.dense_merging import Method
+from networks.tools.file_conversion import flat, prove, rounded
+from networks.tools.merge_sources import MergeInput, Source, known_layers, open_sources
+from networks.tools.merged_changes import (
+    Arithmetic,
+    Change,
+    RankLimit,
+    Term,
+    shuffled,
+    tensors_of,
+    wanted_change,
+    written_change,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+SHOWN = 3  # layers that a sentence names
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMerge:
+    """What is asked for.
+
+    Attributes:
+        inputs: the adapters.
+        target: the file to write.
+        base: the model that they were trained on; None where it was not given.
+        limit: of the ranks; None for the exact sum.
+        method: what is done instead of the sum; None for the sum.
+        shuffle: permute the ranks of each layer.
+        arithmetic: torch's name of the type in which factors and differences are multiplied by ratios and added.
+        saved: torch's name of the type to save in; None for the widest that each layer has in the files.
+        v2: whether the user says that all is for SD2.
+        device: where to compute.
+        allow_unmatched: go on without layers that the family's models have not.
+        with_metadata: write ModelSpec's fields.
+    """
+
+    inputs: tuple[MergeInput, ...]
+    target: Path
+    base: str | None = None
+    limit: RankLimit | None = None
+    method: Method | None = None
+    shuffle: bool = False
+    arithmetic: str = "float32"
+    saved: str | None = None
+    v2: bool = False
+    device: str = "cpu"
+    allow_unmatched: bool = False
+    with_metadata: bool = True
+
+
+@dataclass
+class AdapterReport:
+    """What was done.
+
+    Attributes:
+        norms: layer -> Frobenius norms of what was lost and of what was wanted.
+        ranks: layer -> rank of LoRA; 0 for a difference.
+        skipped: file -> its layers that have no place.
+        empty: layers of which nothing is left, because their ratios are 0.
+    """
+
+    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[str], dict[str, object]]:
+    """Write the merged adapter; it is opened again and compared with what was computed.
+
+    Args:
+        options: what is asked for.
+        progress: counted in layers.
+
+    Returns:
+        A table of what was done and a last line about who reads it; and the report.
+
+    Raises:
+        UserError: what does not fit together, before anything is written; or a place that cannot be written to.
+    """
+    target = options.target
+    if target.exists() and any(given.path.exists() and target.samefile(given.path) for given in options.inputs):
+        raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another file")
+    check_writable(target)
+    sources = open_sources(options.inputs, v2=options.v2)
+    family = sources[0].family
+    report = AdapterReport()
+    names, report.skipped = known_layers(sources, family, allow_unmatched=options.allow_unmatched)
+    base = _open_base(options.base, family) if options.base else None
+    layers, wanted = _merged_layers(names, sources, base, options, report, progress)
+    if not layers:
+        raise UserError("nothing is left to write", where="--ratios", remedy="give ratios that are not all 0")
+    for name, tensors in layers.items():
+        lost = wanted[name].distance(written_change(tensors, wanted[name].spec))
+        report.norms[name] = (lost, wanted[name].norm())
+        report.ranks[name] = len(tensors[DOWN]) if DOWN in tensors else 0
+    tensors = flat(layers)
+    save_tensors(target, tensors, None, _metadata(sources, layers, options))
+    prove(target, tensors, layers, family)
+    lines = [*_table(report, family), *_skipped_lines(report), _last_line(options, sources)]
+    return lines, _content(report, options)
+
+
+def _open_base(path: str, family: ModelFamily) -> BaseWeights:
+    model = open_base_model(path)
+    if model.family != family:
+        what = f"is {model.family.title}, and the adapters are for {family.title}"
+        raise UserError(what, where=f"--base {path}", remedy="give the model they were trained on")
+    return BaseWeights(model)
+
+
+def _merged_layers(
+    names: Sequence[str],
+    sources: Sequence[Source],
+    base: BaseWeights | None,
+    options: AdapterMerge,
+    report: AdapterReport,
+    progress: Progress,
+) -> tuple[dict[str, LayerTensors], dict[str, Change]]:
+    """Layer -> rounded tensors, and what they are to mean.
+
+    Raises:
+        UserError: layers that depend on a base model that was not given, or do not fit together.
+    """
+    how = Arithmetic(method=options.method, dtype=getattr(torch, options.arithmetic), device=options.device)
+    layers: dict[str, LayerTensors] = {}
+    wanted: dict[str, Change] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    problems: dict[str, list[LayerError]] = {}
+    for done, name in enumerate(names, start=1):
+        terms, dtype = _terms(name, sources, base, options)
+        try:
+            if terms:
+                change = wanted_change(terms, how)
+                layers[name] = tensors_of(change, options.limit)
+                wanted[name], dtypes[name] = change.cpu(), dtype
+            else:
+                report.empty.append(name)
+        except LayerError as error:
+            problems.setdefault(f"{error.what}; {error.remedy}" if error.remedy else error.what, []).append(error)
+        progress(done, len(names))
+    raise_all([_of_layers(errors) for errors in problems.values()])
+    if options.shuffle:
+        layers = {name: shuffled(name, tensors) for name, tensors in layers.items()}
+    layers = with_one_alpha(layers)
+    return {name: {key: rounded(each, dtypes[name]) for key, each in own.items()} for name, own in layers.items()}, wanted
+
+
+def _of_layers(errors: Sequence[LayerError]) -> UserError:
+    """One sentence about the same mistake of several layers."""
+    names = [error.where or "" for error in errors]
+    return UserError(
+        errors[0].what, where=f"{counted(len(names), 'layer')} ({some_names(names, SHOWN)})", remedy=errors[0].remedy
+    )
+
+
+def _terms(
+    name: str, sources: Sequence[Source], base: BaseWeights | None, options: AdapterMerge
+) -> tuple[list[Term], torch.dtype]:
+    """Factor and layer of each adapter that has it and counts, and the type to save it in."""
+    terms: list[Term] = []
+    floats: list[torch.dtype] = []
+    for source in sources:
+        factor = source.factor(name)
+        if name not in source.layers or factor == 0:
+            continue
+        tensors = source.read(name)
+        floats += [value.dtype for value in tensors.values() if value.is_floating_point() and value.itemsize > 1]
+        terms.append((factor, SourceLayer.read(name, tensors, source.family, base)))
+    widest = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float16)
+    return terms, getattr(torch, options.saved) if options.saved else widest
+
+
+def _metadata(sources: Sequence[Source], layers: Mapping[str, LayerTensors], options: AdapterMerge) -> dict[str, str]:
+    family, headers = sources[0].family, [source.file.metadata for source in sources]
+    version = next((each["ss_base_model_version"] for each in headers if each.get("ss_base_model_version")), None)
+    said = [read_modelspec(each).get("prediction_type") for each in headers]
+    prediction = next((kind for kind, name in family.base_model_versions.items() if name == version), EPSILON)
+    if version is None and "v" in said:
+        prediction = next(kind for kind in family.base_model_versions if kind != EPSILON)
+    lora = {name: tensors for name, tensors in layers.items() if DOWN in tensors}
+    wide = {name: tensors for name, tensors in lora.items() if tensors[DOWN].shape[2:].numel() > 1}
+    plain = {name: tensors for name, tensors in lora.items() if name not in wide} or wide
+    written = {
+        "ss_v2": str(family.is_v2),
+        "ss_base_model_version": version or family.base_model_versions[prediction],
+        "ss_network_module": "networks.lora" if lora else "networks.full",
+        "ss_training_comment": f"merged from {', '.join(source.given.path.name for source in sources)}",
+    }
+    if lora:
+        written["ss_network_dim"] = _one({str(len(tensors[DOWN])) for tensors in plain.values()})
+        written["ss_network_alpha"] = _one({f"{float(tensors['alpha']):g}" for tensors in plain.values()})
+    if wide:
+        settings = {
+            "conv_dim": _one({str(len(tensors[DOWN])) for tensors in wide.values()}),
+            "conv_alpha": _one({f"{float(tensors['alpha']):g}" for tensors in wide.values()}),
+        }
+        written["ss_network_args"] = json.dumps(settings)
+    if not options.with_metadata:
+        return written
+    titles = [read_modelspec(source.file.metadata).get("title") or source.given.path.stem for source in sources]
+    description = ModelDescription(title=options.target.stem, merged_from=", ".join(titles))
+    return written | modelspec_metadata(family, prediction, description, saved_at=datetime.now(), adapter=True)
+
+
+def _one(values: set[str]) -> str:
+    return next(iter(values)) if len(values) == 1 else "Dynamic"
+
+
+def _table(report: AdapterReport, family: ModelFamily) -> list[str]:
+    lines = [f"{'part':14}{'layers':>8}  {'ranks':12}{'relative error':>15}"]
+    parts = {"U-Net": True, "text encoder": False}
+    groups = {
+        title: [name for name in report.norms if name.startswith(family.denoiser_prefix) is wanted]
+        for title, wanted in parts.items()
+    }
+    for title, names in {**groups, "total": list(report.norms)}.items():
+        ranks = sorted({report.ranks[name] for name in names if report.ranks[name]})
+        shown = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(*ranks)
+        whole = any(not report.ranks[name] for name in names)
+        shown = f"{shown}, whole" if whole and ranks else "whole" if whole else shown or "-"
+        lines.append(f"{title:14}{len(names):8}  {shown:12}{relative_error(report, names):15.2g}")
+    return lines
+
+
+def relative_error(report: AdapterReport, names: Sequence[str]) -> float:
+    """||what was lost|| / ||what was wanted|| over layers."""
+    lost, had = (math.hypot(*(report.norms[name][column] for name in names)) for column in (0, 1))
+    return lost / had if had else 0.0
+
+
+def _skipped_lines(report: AdapterReport) -> list[str]:
+    lines = [
+        f"{where}: {counted(len(names), 'layer')} left out, of no known place ({', '.join(names)})"
+        for where, names in report.skipped.items()
+    ]
+    if report.empty:
+        lines.append(f"{counted(len(report.empty), 'layer')} with a ratio of 0 left out ({some_names(report.empty, SHOWN)})")
+    return lines
+
+
+def _last_line(options: AdapterMerge, sources: Sequence[Source]) -> str:
+    header = read_header(open_tensor_file(options.target), sources[0].family)
+    return f"{options.target}: {readers_sentence(readings(header))}"
+
+
+def _content(report: AdapterReport, options: AdapterMerge) -> dict[str, object]:
+    layers = {
+        name: {"rank": report.ranks[name], "norm": had, "relative_error": lost / had if had else 0.0}
+        for name, (lost, had) in report.norms.items()
+    }
+    return {
+        "save_to": str(options.target),
+        "models": [str(given.path) for given in options.inputs],
+        "relative_error": relative_error(report, list(report.norms)),
+        "layers": layers,
+        "skipped": report.skipped,
+        "of_ratio_0": report.empty,
+    }
