@@ -24,6 +24,7 @@ from networks.core.adapter import LayerSpec
 from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
 from networks.core.kronecker import KroneckerForm, planned_form
+from networks.core.products import svd_of_kronecker, svd_of_product
 from networks.core.recompute import apply_recomputed
 from networks.loha import tucker_kernel
 from networks.lora import DORA_ARGUMENTS
@@ -43,6 +44,19 @@ def kronecker_delta(w1: Tensor, w2: Tensor, scale: float) -> Tensor:
         (O1 * O2, I1 * I2), with w2's further axes, in the dtype of the factors.
     """
     return torch.kron((scale * w1).reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2)
+
+
+def _matrix_kronecker(first: Tensor, second: Tensor) -> Tensor:
+    """`torch.kron` of two matrices, whatever their strides are (it refuses some transposed ones)."""
+    return (first[:, None, :, None] * second[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _trivial_product(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix and an identity on its shorter side."""
+    matrix = matrix.flatten(1)
+    rows, columns = matrix.shape
+    identity = torch.eye(min(rows, columns), device=matrix.device)
+    return (identity, matrix) if rows <= columns else (matrix, identity)
 
 
 def mix_groups(x: Tensor, w1: Tensor, groups: int) -> Tensor:
@@ -233,6 +247,33 @@ class LoKrModule(AdditiveAdapter):
         """See `Adapter.singular_values`: the products of every pair of the factors' own."""
         first, second = (torch.linalg.svdvals(factor.flatten(1)) for factor in self._full_factors())
         return abs(self.scale) * torch.outer(first, second).flatten().sort(descending=True).values
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `AdditiveAdapter.svd`; the kernel belongs to w2, as its columns do."""
+        w1, w2 = self._factor_products()
+        left, values, right = svd_of_kronecker(svd_of_product(*w1), svd_of_product(*w2))
+        return left * math.copysign(1, self.scale), values * abs(self.scale), right
+
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """See `AdditiveAdapter.product`: the Kronecker products of the factors' own factors,
+        (A1 B1) (x) (A2 B2) = (A1 (x) A2) (B1 (x) B2)."""
+        (a1, b1), (a2, b2) = self._factor_products()
+        if len(b1) * len(b2) >= min(self.spec.weight_shape[0], b1.shape[1] * b2.shape[1]):
+            return None
+        return _matrix_kronecker(self.scale * a1, a2), _matrix_kronecker(b1, b2)
+
+    def _factor_products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """w1 and w2, this as a matrix (O2, I2 * kernel), as products; of a full one with the identity."""
+        factors = {name: factor.float() for name, factor in zip(self._shapes(), self._factors(), strict=True)}
+        if "lokr_t2" in factors:
+            core = factors.pop("lokr_t2")
+            factors["lokr_w2_a"] = factors["lokr_w2_a"].t()
+            factors["lokr_w2_b"] = torch.einsum("ijhw,jq->iqhw", core, factors["lokr_w2_b"]).flatten(1)
+        first, second = (
+            (factors[f"{name}_a"], factors[f"{name}_b"]) if f"{name}_a" in factors else _trivial_product(factors[name])
+            for name in ("lokr_w1", "lokr_w2")
+        )
+        return first, second
 
     def scale_delta_(self, factor: Tensor) -> None:
         """See `Adapter.scale_delta_`."""

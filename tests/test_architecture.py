@@ -19,8 +19,10 @@ DOORS = (
     "tools/show_metadata.py",
     "tools/merge_models.py",
     "networks/extract_lora_from_dylora.py",
+    "networks/extract_lora_from_models.py",
     "networks/check_lora_weights.py",
     "networks/convert_lora.py",
+    "networks/resize_lora.py",
     "networks/merge_lora.py",
     "networks/svd_merge_lora.py",
 )

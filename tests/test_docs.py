@@ -24,6 +24,7 @@ from networks.formats.readers import READERS
 from networks.formats.reading import Effect, verdict_of
 from networks.formats.traits import Trait
 from networks.registry import NETWORK_MODULES
+from networks.resize_lora import OPTIONS as RESIZE_LORA_OPTIONS
 from tools.convert_diffusers20_original_sd import OPTIONS as CONVERSION_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ OF_OUR_SCRIPTS = (
     SVD_MERGE_LORA_OPTIONS,
     CHECK_OPTIONS,
     ADAPTER_CONVERSION_OPTIONS,
+    RESIZE_LORA_OPTIONS,
 )
 OF_OTHER_PROGRAMS = {
     *("num_cpu_threads_per_process", "multi_gpu", "num_processes", "cpu"),  # accelerate launch

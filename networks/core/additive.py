@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.core.adapter import Adapter, LayerSpec, kept_by_dropout
-from networks.core.products import singular_values_of_product
+from networks.core.products import singular_values_of_product, svd, svd_of_product
 
 MagnitudeAxis = Literal["input", "output"]
 
@@ -172,6 +172,12 @@ class AdditiveAdapter(Adapter):
         if product is None:
             return torch.linalg.svdvals(self.own_delta().flatten(1))
         return singular_values_of_product(*product)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduced singular value decomposition of `own_delta` as a matrix (out, rest), values largest first, fp32; values
+        that are zero may be left out."""
+        product = self.product()
+        return svd(self.own_delta().flatten(1)) if product is None else svd_of_product(*product)
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """Two matrices (out, rank) and (rank, rest), fp32, whose product is `own_delta`; None where there are none that are

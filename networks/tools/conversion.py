@@ -5,6 +5,7 @@ Every layer is converted on its own, so that no more than one base weight is in 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from library.families.family import ModelFamily
 from networks.core.adapter import Adapter, LayerSpec
 from networks.core.additive import AdditiveAdapter
 from networks.core.algorithms import algorithm, algorithm_of
-from networks.core.products import balanced_factors, rank_within, svd, svd_of_product
+from networks.core.products import balanced_factors, norm_of_difference, norm_of_product, rank_within, svd
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import adapter_of_layer, spec_of_tensors
 from networks.formats.reader_rules import ATTENTION, text_attention
 from networks.formats.reading import Effect, Reader, verdict_of
 from networks.formats.traits import Header, file_layers, is_scalar
+from networks.tools.comparing import is_finite
 
 LayerTensors = dict[str, Tensor]
 
@@ -61,7 +63,7 @@ class SourceLayer:
         Raises:
             LayerError: values that are not finite, tensors of no known algorithm, or of another model than the base.
         """
-        bad = [tensor for tensor, value in tensors.items() if tensor != "alpha" and not bool(value.isfinite().all())]
+        bad = [tensor for tensor, value in tensors.items() if tensor != "alpha" and not is_finite(value)]
         if bad:
             raise LayerError(f"has values that are not finite in {some_names(bad, 3)}", where=name)
         spec = spec_of_tensors(name, tensors, family)
@@ -138,10 +140,11 @@ def as_lora(layer: SourceLayer, rank: int | None, *, without_bias: bool = False)
         raise CannotHold("the change of a norm")
     if not without_bias and changes_bias(adapter):
         raise CannotHold("the change of a bias")
-    product = adapter.product() if isinstance(adapter, AdditiveAdapter) and not adapter.reads_base else None
-    if adapter.title == "LoRA" and product is not None and (rank is None or product[0].shape[1] <= rank):
+    own = adapter if isinstance(adapter, AdditiveAdapter) and not adapter.reads_base else None
+    product = None if own is None or adapter.title != "LoRA" else own.product()
+    if product is not None and (rank is None or product[0].shape[1] <= rank):
         return _without_bias(adapter.tensors())
-    left, values, right = svd(layer.delta().flatten(1)) if product is None else svd_of_product(*product)
+    left, values, right = svd(layer.delta().flatten(1)) if own is None else own.svd()
     needed = rank_within(values, EXACT)
     up, down = balanced_factors(left, values, right, needed if rank is None else min(rank, needed))
     shape = adapter.spec.weight_shape
@@ -226,7 +229,7 @@ def with_one_alpha(layers: Mapping[str, LayerTensors]) -> dict[str, LayerTensors
     if not alphas:
         return dict(layers)
     common = alphas.most_common(1)[0][0]
-    return {name: _with_alpha(tensors, common) if UP in tensors else tensors for name, tensors in layers.items()}
+    return {name: with_alpha(tensors, common) if UP in tensors else tensors for name, tensors in layers.items()}
 
 
 def _alpha(tensors: LayerTensors) -> float:
@@ -234,7 +237,8 @@ def _alpha(tensors: LayerTensors) -> float:
     return alpha or float(len(tensors[DOWN]))
 
 
-def _with_alpha(tensors: LayerTensors, alpha: float) -> LayerTensors:
+def with_alpha(tensors: LayerTensors, alpha: float) -> LayerTensors:
+    """The same LoRA layer with this alpha; the rest of its scale goes into both factors, evenly."""
     own = _alpha(tensors)
     if own == alpha and "alpha" in tensors:
         return tensors
@@ -279,7 +283,30 @@ def with_width_shown(
     return {**layers, _SHOWS_WIDTH: nothing}
 
 
-def relative_error(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Frobenius norms of the difference and of the first; in double precision."""
-    difference = before.double() - after.double().reshape(before.shape)
-    return float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(before.double()))
+def relative_error(before: SourceLayer, after: SourceLayer) -> tuple[float, float]:
+    """Frobenius norms of the difference of two layers' changes and of the first one; in double precision.
+
+    From the factors where these are thin; else of the whole changes, some rows at a time.
+
+    Raises:
+        UserError: see `SourceLayer.delta`.
+    """
+    first, second = _thin_product(before), _thin_product(after)
+    if first is not None and second is not None and 2 * (first[0].shape[1] + second[0].shape[1]) <= len(first[0]):
+        return norm_of_difference(first, second), norm_of_product(*first)
+    was, became = before.delta(), after.delta()
+    became = became.reshape(was.shape)
+    lost = had = 0.0
+    for old, new in zip(was.split(_ROWS), became.split(_ROWS), strict=True):
+        wide = old.double()
+        had += float(wide.square().sum())
+        lost += float((wide - new.double()).square().sum())
+    return math.sqrt(lost), math.sqrt(had)
+
+
+_ROWS = 512  # of a change that are in double precision at once
+
+
+def _thin_product(layer: SourceLayer) -> tuple[Tensor, Tensor] | None:
+    adapter = layer.known_adapter()
+    return adapter.product() if isinstance(adapter, AdditiveAdapter) and not adapter.reads_base else None

@@ -25,6 +25,7 @@ from networks.formats.files import save_tensors
 from networks.formats.keys import to_peft
 from networks.formats.readers import READERS, readers_sentence, readings
 from networks.formats.reading import Reader, read_by
+from networks.tools.comparing import is_finite, same_values
 from networks.tools.conversion import (
     DOWN,
     CannotHold,
@@ -40,6 +41,7 @@ from networks.tools.conversion import (
     with_whole_attention,
     with_width_shown,
 )
+from networks.tools.parallel import over_cores
 
 if TYPE_CHECKING:
     from library.checkpoints.tensor_places import TensorFile
@@ -74,6 +76,27 @@ class FileConversion:
     leave_out: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What becomes of a layer.
+
+    Attributes:
+        name: ours.
+        form: "loha: LoRA".
+        tensors: None where it is left out.
+        dtype: to save it in.
+        loss: what of it is left out; None for nothing.
+        is_changed: whether the form is another one than it had.
+    """
+
+    name: str
+    form: str
+    tensors: LayerTensors | None
+    dtype: torch.dtype
+    loss: str | None
+    is_changed: bool
+
+
 @dataclass
 class Plan:
     """What the target holds.
@@ -91,6 +114,18 @@ class Plan:
     forms: Counter[str] = field(default_factory=Counter)
     losses: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
+
+    def take(self, decision: Decision) -> None:
+        """Add a layer."""
+        if decision.loss is not None:
+            self.losses[decision.name] = decision.loss
+        if decision.tensors is None:
+            return
+        self.forms[decision.form] += 1
+        self.layers[decision.name] = decision.tensors
+        self.dtypes[decision.name] = decision.dtype
+        if decision.is_changed:
+            self.changed.add(decision.name)
 
 
 @torch.no_grad()
@@ -116,8 +151,12 @@ def _convert(file: TensorFile, options: FileConversion) -> list[str]:
     base = _open_base(options.base, family) if options.base else None
     asked = [READERS[name] for name in options.readers]
     plan = Plan()
-    for name, tensors in stream_layers(file, family):
-        _plan_layer(plan, SourceLayer.read(name, tensors, family, base), options, asked, family)
+
+    def decide(layer: tuple[str, LayerTensors]) -> Decision:
+        return _decision(SourceLayer.read(*layer, family, base), options, asked, family)
+
+    for decision in over_cores(decide, stream_layers(file, family)):
+        plan.take(decision)
     _refuse_losses(plan, options)
     if not plan.layers:
         raise UserError("nothing is left to write", where=str(options.source))
@@ -142,24 +181,25 @@ def _open_base(path: str, family: ModelFamily) -> BaseWeights:
     return BaseWeights(model)
 
 
-def _plan_layer(
-    plan: Plan, layer: SourceLayer, options: FileConversion, asked: Sequence[Reader], family: ModelFamily
-) -> None:
-    """Decide on a layer's form and add it to the plan."""
+def _decision(layer: SourceLayer, options: FileConversion, asked: Sequence[Reader], family: ModelFamily) -> Decision:
+    """Decide on a layer's form."""
     found = algorithm_of({tensor: tuple(value.shape) for tensor, value in layer.tensors.items()}) or "unknown"
+    loss, tensors = None, None
     try:
         form, tensors = _form(layer, options, asked, family)
     except CannotHold as error:
-        plan.losses[layer.name] = str(error)
-        if not options.leave_out or layer.known_adapter().spec.is_norm:
-            return
-        form, tensors = "LoRA without bias", as_lora(layer, options.rank, without_bias=True)
-    plan.forms[f"{found}: {form}"] += 1
-    plan.layers[layer.name] = tensors
-    if tensors is not layer.tensors:
-        plan.changed.add(layer.name)
+        form, loss = "LoRA without bias", str(error)
+        if options.leave_out and not layer.known_adapter().spec.is_norm:
+            tensors = as_lora(layer, options.rank, without_bias=True)
     floats = [value.dtype for value in layer.tensors.values() if value.is_floating_point()]
-    plan.dtypes[layer.name] = DTYPES[options.precision] if options.precision else max(floats, key=lambda d: d.itemsize)
+    return Decision(
+        name=layer.name,
+        form=f"{found}: {form}",
+        tensors=tensors,
+        dtype=DTYPES[options.precision] if options.precision else max(floats, key=lambda d: d.itemsize),
+        loss=loss,
+        is_changed=tensors is not layer.tensors,
+    )
 
 
 def _form(
@@ -223,7 +263,7 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.contiguous()
     rounded = value.to(dtype)
     exact = value.dim() > 0 or torch.equal(rounded.float(), value.float())
-    kept = exact and (bool(rounded.isfinite().all()) or not bool(value.isfinite().all()))
+    kept = exact and (is_finite(rounded) or not is_finite(value))
     return (rounded if kept else value.float()).contiguous()
 
 
@@ -254,19 +294,21 @@ _OTHER_READER = "leave --for out, or name another reader"
 
 def _errors(file: TensorFile, family: ModelFamily, base: BaseWeights | None, plan: Plan) -> dict[str, tuple[float, float]]:
     """Layer -> norms of what its change lost and of what it was, for the layers whose tensors are not as they were."""
-    errors = {}
-    for name, tensors in stream_layers(file, family):
+
+    def error(layer: tuple[str, LayerTensors]) -> tuple[str, tuple[float, float] | None]:
+        name, tensors = layer
         written = plan.layers.get(name)
         if written is None or _same(written, tensors):
-            continue
+            return name, None
         before, after = (SourceLayer.read(name, each, family, base) for each in (tensors, written))
-        if before.is_known and after.is_known:
-            errors[name] = relative_error(before.delta(), after.delta())
-    return errors
+        return name, relative_error(before, after) if before.is_known and after.is_known else None
+
+    found = over_cores(error, stream_layers(file, family))
+    return {name: norms for name, norms in found if norms is not None}
 
 
 def _same(written: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return written.keys() == other.keys() and all(torch.equal(written[name], other[name]) for name in written)
+    return written.keys() == other.keys() and all(same_values(written[name], other[name]) for name in written)
 
 
 def _error_lines(errors: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -333,7 +375,7 @@ def prove(target: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Laye
         UserError: they are not; the file stays for inspection.
     """
     file = open_tensor_file(target)
-    same = set(file.keys()) == set(tensors) and all(torch.equal(file.read(key), tensors[key]) for key in tensors)
+    same = set(file.keys()) == set(tensors) and all(same_values(file.read(key), tensors[key]) for key in tensors)
     if same:
         read = dict(stream_layers(file, family))
         same = read.keys() == layers.keys() and all(_means(read[name], layers[name]) for name in layers)
@@ -343,4 +385,4 @@ def prove(target: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Laye
 
 def _means(read: Mapping[str, Tensor], meant: Mapping[str, Tensor]) -> bool:
     """Whether tensors say what was meant; a file may add the alpha that its absence means."""
-    return all(name in read and torch.equal(read[name].reshape(value.shape), value) for name, value in meant.items())
+    return all(name in read and same_values(read[name].reshape(value.shape), value) for name, value in meant.items())

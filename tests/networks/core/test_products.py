@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from networks.core.additive import AdditiveAdapter
 from networks.core.products import (
     balanced_factors,
     effective_rank,
+    norm_of_difference,
+    norm_of_product,
     rank_within,
     singular_values_of_product,
+    svd,
+    svd_of_kronecker,
     svd_of_product,
 )
 from tests.networks.cases import CASES, acting, layer_and_input, new_adapter, stream
@@ -78,3 +83,42 @@ def test_every_spelling_means_the_same(case):
     for tensors in adapter.spellings():
         read = type(adapter).from_tensors(adapter.spec, tensors)
         torch.testing.assert_close(read.delta_weight(layer.get_parameter("weight")), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-12, 1e-7, 1e-3, 1.0])
+def test_norms_of_differences_do_not_drown(change):
+    left, right = (torch.randn(shape, generator=stream(4), dtype=torch.float64) for shape in ((30, 4), (4, 20)))
+    other = left + change * torch.randn(left.shape, generator=stream(5), dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=stream(6), dtype=torch.float64)).Q
+    exact = float(torch.linalg.vector_norm((left - other) @ right))
+    found = norm_of_difference((left, right), (other @ turned, turned.t() @ right))
+    assert found == pytest.approx(exact, rel=1e-2 if change < 1e-9 else 1e-6, abs=1e-13)
+    assert norm_of_product(left, right) == pytest.approx(float(torch.linalg.vector_norm(left @ right)))
+
+
+def test_a_kronecker_product_is_decomposed_by_its_factors():
+    low = torch.randn(6, 2, generator=stream(7)) @ torch.randn(2, 10, generator=stream(8))
+    full = torch.randn(4, 3, generator=stream(9))
+    left, values, right = svd_of_kronecker(svd(full), svd(low))
+    product = torch.kron(full, low)
+    assert len(values) == 3 * 2
+    torch.testing.assert_close((left * values) @ right, product, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values, torch.linalg.svdvals(product)[:6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(left.t() @ left, torch.eye(6), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_decompositions_and_products_are_those_of_the_change(case):
+    for name in case.layers:
+        layer, _ = layer_and_input(name)
+        adapter = acting(new_adapter(case, layer))
+        if not isinstance(adapter, AdditiveAdapter) or adapter.singular_values() is None:
+            continue
+        left, values, right = adapter.svd()
+        dense = adapter.own_delta().flatten(1)
+        close = {"rtol": 1e-4, "atol": 1e-5 * float(dense.norm())}
+        torch.testing.assert_close((left * values) @ right, dense, **close)
+        product = adapter.product()
+        if product is not None:
+            torch.testing.assert_close(product[0] @ product[1], dense, **close)

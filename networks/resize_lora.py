@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Lower the ranks of a LoRA, LoHa or LoKr file; the result is LoRA, each layer the best approximation of its rank.
+
+    python networks/resize_lora.py --model lora.safetensors --save_to small.safetensors --new_rank 4 --save_precision fp16
+    python networks/resize_lora.py --model lora.safetensors --save_to small.safetensors --new_rank 16 \\
+        --dynamic_method sv_fro --dynamic_param 0.9 --verbose
+
+The file is opened again and compared; a table tells what was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.cli.doors import run_door
+from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
+from library.errors import UserError, raise_all
+
+if TYPE_CHECKING:
+    from networks.tools.resizing import Resizing
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
+
+OPTIONS = (
+    OptionGroup(
+        "files",
+        (
+            Option(name="model", type=Path, help="adapter file of any layout, of LoRA, LoHa or LoKr"),
+            Option(name="save_to", type=Path, help="file to write; its suffix decides the format"),
+            Option(name="save_precision", choices=("float", "fp16", "bf16"), help="of the numbers; float if not given"),
+            Option(name="report", type=Path, help="write all that was found to this JSON file", extension=True),
+            Option(name="plot", type=Path, help="draw singular values and errors into this PNG file", extension=True),
+            Option(name="verbose", type=FLAG, help="a line for each layer: what of its singular values is retained"),
+        ),
+    ),
+    OptionGroup(
+        "ranks",
+        (
+            Option(name="new_rank", type=int, default=4, help="rank of the layers; with --dynamic_method the highest one"),
+            Option(
+                name="new_conv_rank",
+                type=int,
+                help="the same of convolutions with kernels larger than 1x1; as --new_rank if not given",
+            ),
+            Option(
+                name="dynamic_method",
+                choices=METHODS,
+                help="find each layer's rank by its singular values: sv_ratio keeps those above the largest / "
+                "dynamic_param, sv_fro the fewest with that share of the Frobenius norm, sv_cumulative of the sum",
+            ),
+            Option(
+                name="dynamic_param",
+                type=float,
+                help="what the method keeps to: above 1 for sv_ratio, above 0 and at most 1 for the others",
+            ),
+            Option(name="device", help="where the decompositions are computed, as torch names it; cpu if not given"),
+        ),
+    ),
+)
+
+
+def resizing_of(given: ParsedOptions) -> Resizing:
+    """What a command line asks for.
+
+    Raises:
+        UserError: all that is wrong with it at once.
+    """
+    from networks.tools.file_conversion import DTYPES
+    from networks.tools.resizing import Resizing
+
+    problems = [
+        UserError("not given", where=f"--{name}", remedy=f"give {what}")
+        for name, what in (("model", "an adapter file"), ("save_to", "a name for the file to write"))
+        if given[name] is None
+    ]
+    target = given["save_to"]
+    if target is not None and target.suffix not in SUFFIXES:
+        remedy = f"use {', '.join(SUFFIXES)}"
+        problems.append(UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=remedy))
+    for name in ("new_rank", "new_conv_rank"):
+        if given[name] is not None and given[name] < 1:
+            problems.append(UserError("is below 1", where=given.where(name), remedy="give 1 or more"))
+    problems += _problems_of_method(given) + _problems_of_device(given)
+    raise_all(problems)
+    return Resizing(
+        source=given["model"],
+        target=target,
+        rank=given["new_rank"],
+        conv_rank=given["new_conv_rank"] or given["new_rank"],
+        method=given["dynamic_method"],
+        param=given["dynamic_param"] or 0.0,
+        dtype=DTYPES[given["save_precision"] or "float"],
+        device=given["device"] or "cpu",
+    )
+
+
+def _problems_of_method(given: ParsedOptions) -> list[UserError]:
+    method, param = given["dynamic_method"], given["dynamic_param"]
+    if method is None and param is None:
+        return []
+    if method is None:
+        return [UserError("has no effect", where=given.where("dynamic_param"), remedy="give --dynamic_method too")]
+    if param is None:
+        return [UserError("needs a value to keep to", where=given.where("dynamic_method"), remedy="give --dynamic_param")]
+    if method == "sv_ratio" and not param > 1:
+        return [UserError("is not above 1", where=given.where("dynamic_param"), remedy="give the ratio, such as 20")]
+    if method != "sv_ratio" and not 0 < param <= 1:
+        remedy = "give a share above 0 and at most 1, such as 0.9"
+        return [UserError("is no share", where=given.where("dynamic_param"), remedy=remedy)]
+    return []
+
+
+def _problems_of_device(given: ParsedOptions) -> list[UserError]:
+    import torch
+
+    if given["device"] is None:
+        return []
+    try:
+        torch.empty(1, device=given["device"])
+    except (RuntimeError, AssertionError):
+        return [UserError("is no device of this machine", where=given.where("device"), remedy="give cpu, or leave it out")]
+    return []
+
+
+def work(argv: Sequence[str]) -> int:
+    given = parse(argv, OPTIONS, description=__doc__ or "")
+    options = resizing_of(given)
+    from library.checkpoints.atomic import atomic_write, check_writable
+    from library.training.progress import CountBar
+    from networks.tools.plotting import spectra_and_errors
+    from networks.tools.resizing import resize_file, verbose_lines
+
+    for place in (given["report"], given["plot"]):
+        if place is not None:
+            check_writable(place)
+    report = resize_file(options, progress=CountBar("layers resized"))
+    if given["verbose"]:
+        print(*verbose_lines(report.layers), sep="\n")
+    if given["report"] is not None:
+        with atomic_write(given["report"]) as file:
+            file.write(json.dumps(report.as_json(), indent=1).encode())
+    if given["plot"] is not None:
+        spectra = {layer.name: layer.values.tolist() for layer in report.layers if layer.rank}
+        errors = {name: lost / had if had else 0.0 for name, (lost, had) in report.errors.items()}
+        spectra_and_errors(given["plot"], spectra, errors)
+    print(*report.lines, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door("resize_lora", work))
