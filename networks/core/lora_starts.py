@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError, near_names
+from networks.core.products import leading_singular_vectors
 
 Start = Literal["default", "pissa", "olora", "orthogonal"]
-
-OVERSAMPLING, ITERATIONS = 8, 4  # of the randomised decomposition
 
 
 def read_start(text: str, name: str) -> Start:
@@ -142,29 +141,3 @@ def start_and_now(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     """The reverse of `since_start`, for any factors of twice the rank: down, up, start_down, start_up."""
     (now_down, change_down), (change_up, start_up) = down.chunk(2), up.chunk(2, dim=1)
     return now_down, start_up + change_up, now_down - change_down, start_up
-
-
-def leading_singular_vectors(matrix: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values of a matrix and their vectors.
-
-    Exact where the matrix is small against `count`. Else by subspace iteration from a random start, which takes about 1% of
-    the time: Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1. What it finds are orthonormal
-    directions of nearly the largest size, which is all that a start needs.
-
-    Args:
-        matrix: (rows, columns), fp32.
-        count: how many; no more are returned than the smaller side has.
-
-    Returns:
-        left (rows, n), values (n,) in falling order, right (n, columns).
-    """
-    width = count + OVERSAMPLING
-    if 4 * width >= min(matrix.shape):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        span = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], width, generator=generator)).Q
-        for _ in range(ITERATIONS):
-            span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ span).Q).Q
-        left, values, right = torch.linalg.svd(span.T @ matrix, full_matrices=False)
-        left = span @ left
-    return left[:, :count], values[:count], right[:count]

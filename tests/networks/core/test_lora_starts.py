@@ -9,7 +9,7 @@ from torch import nn
 from library.errors import UserError
 from networks import lora
 from networks.core.adapter import LayerSpec
-from networks.core.lora_starts import leading_singular_vectors
+from networks.core.products import leading_singular_vectors
 from networks.lora import LoRAModule
 from tests.networks.cases import acting, attached, layer_and_input, stream
 

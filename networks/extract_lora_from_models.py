@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Make a LoRA of the difference of two Stable Diffusion models.
+
+    python networks/extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors \\
+        --save_to lora.safetensors --dim 16
+    python networks/extract_lora_from_models.py --model_org base.ckpt --model_tuned tuned_folder \\
+        --save_to lora.safetensors --rank_error 0.3 --conv_dim 64 --save_precision fp16
+
+Layers are read one at a time from both. How near the result is to the difference is measured, and the file opened again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.cli.doors import run_door
+from library.cli.extract_lora_options import parse_extraction
+
+
+def work(argv: Sequence[str]) -> int:
+    command = parse_extraction(argv, description=__doc__ or "")
+    from library.training.progress import CountBar
+    from networks.tools.extraction import extract
+    from networks.tools.extraction_report import content, lines, plot
+    from networks.tools.reports import write_report
+
+    found = extract(command.extraction, progress=CountBar("tensors"))
+    for note in dict.fromkeys(note for model in found.models for note in model.notes()):
+        print(note)
+    write_report(command.report, content(found))
+    if command.plot is not None:
+        plot(found, command.plot)
+    print(*lines(found), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door("extract_lora_from_models", work))
