@@ -43,12 +43,14 @@ def kronecker_delta(w1: Tensor, w2: Tensor, scale: float) -> Tensor:
     Returns:
         (O1 * O2, I1 * I2), with w2's further axes, in the dtype of the factors.
     """
-    return torch.kron((scale * w1).reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2)
+    return _kronecker(scale * w1, w2)
 
 
-def _matrix_kronecker(first: Tensor, second: Tensor) -> Tensor:
-    """`torch.kron` of two matrices, whatever their strides are (it refuses some transposed ones)."""
-    return (first[:, None, :, None] * second[None, :, None, :]).flatten(2).flatten(0, 1)
+def _kronecker(first: Tensor, second: Tensor) -> Tensor:
+    """The product of a matrix with a matrix or kernel, whatever their strides are (`torch.kron` refuses some: a Tucker
+    form's kernel and some transposed matrices)."""
+    spread = first.reshape(len(first), 1, -1, 1, *(1 for _ in second.shape[2:]))
+    return (spread * second[None, :, None]).flatten(2, 3).flatten(0, 1)
 
 
 def _trivial_product(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +262,7 @@ class LoKrModule(AdditiveAdapter):
         (a1, b1), (a2, b2) = self._factor_products()
         if len(b1) * len(b2) >= min(self.spec.weight_shape[0], b1.shape[1] * b2.shape[1]):
             return None
-        return _matrix_kronecker(self.scale * a1, a2), _matrix_kronecker(b1, b2)
+        return _kronecker(self.scale * a1, a2), _kronecker(b1, b2)
 
     def _factor_products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """w1 and w2, this as a matrix (O2, I2 * kernel), as products; of a full one with the identity."""

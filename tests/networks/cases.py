@@ -51,6 +51,12 @@ LOKR_FORMS: list[dict[str, Any]] = [
     {"full_matrix": True},
     {"unbalanced_factorization": True},
 ]
+TUCKER_FORMS: list[dict[str, Any]] = [
+    {},
+    {"rank": 2, "factor": 1},
+    {"rank": 3, "factor": 1},
+    *({"rank": 2, "factor": 2} | options for options in ({}, {"decompose_both": True}, *DORA)),
+]
 
 CASES = [
     Case("lora"),
@@ -60,7 +66,7 @@ CASES = [
     *(Case("loha", {"use_tucker": True} | options, layers=("conv 3x3",)) for options in ({}, *DORA)),
     *(Case("lokr", options) for options in ({}, *DORA)),
     *(Case("lokr", {"rank": 1, "factor": 2} | options) for options in LOKR_FORMS),
-    *(Case("lokr", {"rank": 1, "use_tucker": True} | options, layers=("conv 3x3",)) for options in ({}, {"rank": 2})),
+    *(Case("lokr", {"rank": 1, "use_tucker": True} | options, layers=("conv 3x3",)) for options in TUCKER_FORMS),
     Case("lora", {"init": "orthogonal"}),
     Case("lora", {"init": "pissa"}, exact_round_trip=False),  # a file has twice the rank
     Case("lora", {"init": "olora"}, exact_round_trip=False),

@@ -30,6 +30,9 @@ FORMS = [
     ("conv 3x3", {"rank": 2, "factor": 1}),
     ("conv 3x3", {"rank": 9}),
     ("conv 3x3", {"rank": 1, "use_tucker": True}),
+    ("conv 3x3", {"rank": 2, "factor": 2, "use_tucker": True}),
+    ("conv 3x3", {"rank": 3, "factor": 1, "use_tucker": True}),
+    ("conv 3x3", {"rank": 2, "factor": 2, "use_tucker": True, "unbalanced_factorization": True}),
     ("conv 3x3", BOTH | {"factor": 3}),
 ]
 every_form = pytest.mark.parametrize(("layer_name", "settings"), FORMS, ids=lambda value: str(value))
