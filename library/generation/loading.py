@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.options import GenerationOptions
 from library.generation.pipeline import Pipeline, PipelineModels
+from networks.building.network import AdapterNetwork, merge_for_good
 from networks.building.third_party import ThirdPartyModule, require_all_loaded
 from networks.registry import load_network_module
 
@@ -46,6 +49,8 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pip
 def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[Any]:
     """Every adapter on the models or, with --network_merge, in their weights; returns those that are attached."""
     networks = []
+    to_merge: list[AdapterNetwork] = []
+    merges_of_others: list[Callable[[], object]] = []
     for use in options.networks:
         module: Any = load_network_module(use.module)
         if options.merge_networks and isinstance(module, ThirdPartyModule):
@@ -60,9 +65,16 @@ def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[
         if options.merge_networks:
             if not getattr(network, "is_mergeable", lambda: False)():
                 raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
-            network.merge_to(models.text_encoders, models.denoiser, weights, parameter.dtype, parameter.device)
+            if isinstance(network, AdapterNetwork):
+                to_merge.append(network)
+                continue
+            merge = partial(network.merge_to, models.text_encoders, models.denoiser, weights)
+            merges_of_others.append(partial(merge, parameter.dtype, parameter.device))
             continue
         network.apply_to(models.text_encoders, models.denoiser, True, True)
         require_all_loaded(network.load_state_dict(weights, strict=False), f"--network_weights {use.file}")
         networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
+    merge_for_good(to_merge)  # first, since changes of these may depend on the base weights
+    for merge_other in merges_of_others:
+        merge_other()
     return networks

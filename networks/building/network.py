@@ -44,6 +44,36 @@ def _unmerged_weight(target: Target) -> Tensor:
     return merged[0]._weights_before_merge[target.name][0] if merged else target.layer.get_parameter("weight")
 
 
+def _is_read_by_hooks(layer: nn.Module) -> bool:
+    """Whether an adapter on the layer has a change that depends on its weight."""
+    owners = (getattr(hook, "__self__", None) for hook in layer._forward_hooks.values())
+    return any(isinstance(owner, Adapter) and owner.reads_base for owner in owners)
+
+
+@torch.no_grad()
+def merge_for_good(networks: Iterable[AdapterNetwork]) -> None:
+    """Add the changes of networks to the weights of their model, at their multipliers.
+
+    All of them are changes of the weights as they are now (before merges that can be undone), so their order means
+    nothing; their sum is formed in fp32 and rounded once to the weight's dtype.
+    """
+    layers: dict[nn.Module, list[tuple[Target, Adapter]]] = {}
+    for network in networks:
+        for target, adapter in network.items():
+            if adapter.multiplier != 0:
+                layers.setdefault(target.layer, []).append((target, adapter))
+    for adapters in layers.values():
+        target = adapters[0][0]
+        base, tensors = _unmerged_weight(target), _weight_and_bias(target)
+        sums = [tensor.float() for tensor in tensors]
+        for _, adapter in adapters:
+            for place, delta in enumerate((adapter.delta_weight(base), adapter.delta_bias())):
+                if delta is not None:
+                    sums[place] = sums[place] + adapter.multiplier * delta.to(sums[place].device)
+        for tensor, changed in zip(tensors, sums, strict=True):
+            tensor.copy_(changed.to(tensor.dtype))
+
+
 class AdapterNetwork(nn.Module):
     """An ordered map from saved layer name to `Adapter`.
 
@@ -116,9 +146,17 @@ class AdapterNetwork(nn.Module):
         return bool(self._hooks)
 
     def attach(self) -> None:
-        """Add the adapters' effect to their layers' outputs. Any number of networks may be attached to one model."""
+        """Add the adapters' effect to their layers' outputs. Any number of networks may be attached to one model.
+
+        Raises:
+            RuntimeError: this network is merged; or another one is, into weights that this one's change depends on.
+        """
         if self._weights_before_merge:
             raise RuntimeError("the network is merged into the weights; unmerge it before attaching it")
+        if any(adapter.reads_base and _MERGED.get(target.layer) for target, adapter in self.items()):
+            raise RuntimeError(
+                "the network's change depends on weights that another network is merged into; attach or merge both"
+            )
         if not self._hooks:
             self._hooks = [target.layer.register_forward_hook(adapter.hook) for target, adapter in self.items()]
 
@@ -160,14 +198,23 @@ class AdapterNetwork(nn.Module):
         Hooks are taken off, or the effect would count twice. The sum is formed in fp32 and rounded once to the weight's
         dtype. Changes that depend on the base weight are those of the weight before the first merge, so that several
         networks add up as they do when they are attached.
+
+        Raises:
+            RuntimeError: it is merged already; or the change of another network, which is attached, depends on the weights.
         """
         if self._weights_before_merge:
             raise RuntimeError("the network is merged already")
         self.detach()
+        if any(_is_read_by_hooks(target.layer) for target in self.targets.values()):
+            raise RuntimeError("an attached network's change depends on these weights; attach or merge both")
         for name, target in self.targets.items():
             self._weights_before_merge[name] = [tensor.detach().clone() for tensor in _weight_and_bias(target)]
             _MERGED.setdefault(target.layer, []).append(self)
-        self._add_to_weights()
+        try:
+            merge_for_good([self])
+        except BaseException:
+            self.unmerge()
+            raise
 
     def unmerge(self) -> None:
         """Put the weights back as `merge` found them.
@@ -185,17 +232,6 @@ class AdapterNetwork(nn.Module):
 
     def _merged_targets(self) -> list[Target]:
         return [self.targets[name] for name in self._weights_before_merge]
-
-    @torch.no_grad()
-    def _add_to_weights(self) -> None:
-        for target, adapter in self.items():
-            if adapter.multiplier == 0:
-                continue
-            changes = [adapter.delta_weight(_unmerged_weight(target)), adapter.delta_bias()]
-            for tensor, delta in zip(_weight_and_bias(target), changes, strict=False):
-                if delta is not None:
-                    changed = tensor.float() + adapter.multiplier * delta.to(tensor.device)
-                    tensor.copy_(changed.to(tensor.dtype))
 
     # Training: sd-scripts' interface, which the trainer uses for every network module
 
@@ -308,7 +344,7 @@ class AdapterNetwork(nn.Module):
         self._check_models(text_encoder, unet)
         if weights_sd is not None:
             self.load_state_dict(weights_sd)
-        self._add_to_weights()
+        merge_for_good([self])
 
     @torch.no_grad()
     def apply_max_norm_regularization(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from networks import lora
+from networks import glora, lora
+from networks.building.network import merge_for_good
 
 
 def make(models, perturb, seed=0, **args):
@@ -237,3 +238,65 @@ def test_a_file_says_of_which_forms_its_layers_are(sd1, tmp_path):
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         variants = json.loads(file.metadata()["ss_network_variants"])
     assert variants == {"LoRA with DoRA per input": len(network.targets)}
+
+
+def readers_of_the_base(models, perturb):
+    """Two networks whose change depends on the base weight, and one whose does not."""
+    dora = make(models, perturb, 1, dora_wd=True)
+    other = perturb(glora.create_network(1.0, 4, 2, None, models.text_encoder, models.unet), 2)
+    return dora, other, make(models, perturb, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("for_good", [False, True], ids=["undone", "for good"])
+def test_several_merged_networks_give_what_they_give_attached(sd1, perturb, for_good):
+    base, before = sd1.both(), weights(sd1)
+    networks = readers_of_the_base(sd1, perturb)
+    for network, strength in zip(networks, (1.0, -0.5, 0.7), strict=True):
+        network.set_multiplier(strength)
+        network.attach()
+    attached = sd1.both()
+    for network in networks:
+        network.detach()
+    if for_good:
+        merge_for_good(networks)
+    else:
+        for network in networks:
+            network.merge()
+    torch.testing.assert_close(
+        sd1.both() - base, attached - base, rtol=1e-3, atol=1e-4 * (attached - base).abs().max().item()
+    )
+    if for_good:
+        for part in (sd1.unet, sd1.text_encoder):
+            for value in part.state_dict().values():
+                value.copy_(before.pop(0))
+    else:
+        for network in reversed(networks):
+            network.unmerge()
+    assert torch.equal(sd1.both(), base)
+
+
+def test_a_change_that_depends_on_merged_weights_is_refused(sd1, perturb):
+    dora, _, plain = readers_of_the_base(sd1, perturb)
+    before = weights(sd1)
+    plain.merge()
+    with pytest.raises(RuntimeError, match="depends on weights that another network is merged into"):
+        dora.attach()
+    plain.unmerge()
+    dora.attach()
+    with pytest.raises(RuntimeError, match="an attached network's change depends on these weights"):
+        plain.merge()
+    dora.detach()
+    assert same(before, weights(sd1))
+
+
+def test_a_merge_that_fails_leaves_the_weights_as_they_were(sd1, perturb, monkeypatch):
+    network = make(sd1, perturb)
+    last = list(network.targets)[-1]
+    monkeypatch.setattr(network.adapter(last), "delta_weight", lambda base_weight: 1 / 0)
+    before = weights(sd1)
+    with pytest.raises(ZeroDivisionError):
+        network.merge()
+    assert same(before, weights(sd1))
+    network.attach()
+    network.detach()
