@@ -160,7 +160,8 @@ class LoadReport:
             raise UserError(
                 f"{len(self.unmatched)} of its {total} layers have no place in the network ({shown})",
                 where=where,
-                remedy="train or load the same parts and kinds of layers as the file has (conv_dim for convolutions)",
+                remedy="train or load the same parts and kinds of layers as the file has (conv_dim for convolutions; a rate "
+                "of 0 keeps a part as it is)",
             )
         if self.missing and not allow_missing:
             raise UserError(
@@ -228,7 +229,7 @@ def save_tensors(
     """Write tensors under their saved names, in the given dtype; None keeps each one's own, and whole numbers keep theirs.
 
     A tensor with values beyond that dtype's range is kept in fp32, with a warning: better a mixed file than infinities or
-    no file.
+    no file. So is a single number that the dtype would round (an alpha of rsLoRA, say), which costs two bytes.
     """
     from library.checkpoints.tensor_writing import write_tensors
 
@@ -238,6 +239,8 @@ def save_tensors(
         value = tensor.detach().to("cpu", wanted)
         if not torch.isfinite(value).all() and torch.isfinite(tensor).all():
             logger.warning("%s: %s has values beyond the range of %s; it is saved in fp32", path, key, wanted)
+            value = tensor.detach().to("cpu", torch.float32)
+        if tensor.dim() == 0 and bool(value != tensor.detach().cpu()):
             value = tensor.detach().to("cpu", torch.float32)
         converted[key] = value.contiguous()
     write_tensors(path, converted, metadata, add_hashes=True)

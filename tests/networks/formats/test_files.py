@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save, save_file
 
 from library.errors import UserError
 from networks import lora
+from networks.formats import files
 
 
 @pytest.fixture
@@ -323,3 +324,15 @@ def test_files_that_are_none(sd1, tmp_path):
     for path in (tmp_path / "a.safetensors", tmp_path / "missing.safetensors"):
         with pytest.raises(UserError, match=path.name):
             fresh(sd1, path)
+
+
+def test_a_single_number_that_the_format_would_round_keeps_its_precision(tmp_path):
+    tensors = {"a.alpha": torch.tensor(4 * 12**0.5), "b.alpha": torch.tensor(4.0), "a.lora_up.weight": torch.rand(3, 2)}
+    files.save_tensors(tmp_path / "a.safetensors", tensors, torch.bfloat16, {})
+    saved = load_file(tmp_path / "a.safetensors")
+    assert {key: tensor.dtype for key, tensor in saved.items()} == {
+        "a.alpha": torch.float32,
+        "b.alpha": torch.bfloat16,
+        "a.lora_up.weight": torch.bfloat16,
+    }
+    assert torch.equal(saved["a.alpha"], tensors["a.alpha"])
