@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def write_tensors(
 
     Args:
         path: where to.
-        tensors: on any device; planned ones are made one at a time.
+        tensors: on any device; planned ones are made one at a time, on another thread than the caller's.
         metadata: texts for the header.
         add_hashes: add `sshs_model_hash` and `sshs_legacy_hash`, as adapter files carry them.
 
@@ -102,8 +103,7 @@ def _write_safetensors(path: Path, planned: dict[str, PlannedTensor], metadata: 
     with atomic_write(path, size=len(header) + sum(tensor.size for _, tensor in ordered)) as file:
         file.write(header)
         hasher = SectionHasher.for_file(layout, metadata)
-        for key, tensor in ordered:
-            chunk = _bytes_of(key, tensor)
+        for chunk in _made_ahead(ordered):
             file.write(chunk)
             if add_hashes:
                 hasher.update(chunk)
@@ -157,6 +157,18 @@ def safetensors_header(layout: list[TensorLayout], metadata: Mapping[str, str]) 
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _made_ahead(ordered: Sequence[tuple[str, PlannedTensor]]) -> Iterator[memoryview]:
+    """The bytes of every tensor in turn; while the caller writes one, the next is made on another thread."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = [worker.submit(_bytes_of, *first) for first in ordered[:1]]
+        for following in [*ordered[1:], None]:
+            chunk = waiting.pop().result() if waiting else None
+            if following is not None:
+                waiting.append(worker.submit(_bytes_of, *following))
+            if chunk is not None:
+                yield chunk
 
 
 def _bytes_of(key: str, planned: PlannedTensor) -> memoryview:

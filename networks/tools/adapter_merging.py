@@ -91,7 +91,6 @@ class AdapterReport:
     empty: list[str] = field(default_factory=list)
 
 
-@torch.no_grad()
 def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[str], dict[str, object]]:
     """Write the merged adapter; it is opened again and compared with what was computed.
 
@@ -105,6 +104,17 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[s
     Raises:
         UserError: what does not fit together, before anything is written; or a place that cannot be written to.
     """
+    threads = torch.get_num_threads()
+    if options.method is None and options.base is None:
+        torch.set_num_threads(1)  # thin factors are too small to be shared by threads, which would only wait for each other
+    try:
+        with torch.no_grad():
+            return _merge(options, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _merge(options: AdapterMerge, progress: Progress) -> tuple[list[str], dict[str, object]]:
     target = options.target
     if target.exists() and any(given.path.exists() and target.samefile(given.path) for given in options.inputs):
         raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another file")
@@ -117,15 +127,19 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[s
     layers, wanted = _merged_layers(names, sources, base, options, report, progress)
     if not layers:
         raise UserError("nothing is left to write", where="--ratios", remedy="give ratios that are not all 0")
-    for name, tensors in layers.items():
-        lost = wanted[name].distance(written_change(tensors, wanted[name].spec))
-        report.norms[name] = (lost, wanted[name].norm())
-        report.ranks[name] = len(tensors[DOWN]) if DOWN in tensors else 0
+    _measure(layers, wanted, report)
     tensors = flat(layers)
     save_tensors(target, tensors, None, _metadata(sources, layers, options))
     prove(target, tensors, layers, family)
     lines = [*_table(report, family), *_skipped_lines(report), _last_line(options, sources)]
     return lines, _content(report, options)
+
+
+def _measure(layers: Mapping[str, LayerTensors], wanted: Mapping[str, Change], report: AdapterReport) -> None:
+    for name, tensors in layers.items():
+        lost = wanted[name].distance(written_change(tensors, wanted[name].spec))
+        report.norms[name] = (lost, wanted[name].norm())
+        report.ranks[name] = len(tensors[DOWN]) if DOWN in tensors else 0
 
 
 def _open_base(path: str, family: ModelFamily) -> BaseWeights:

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -180,7 +181,7 @@ class MergedWeights:
         Raises:
             UserError
         """
-        if result.dtype == tensor.dtype and torch.equal(result, tensor):
+        if result is tensor:
             return result
         if bool(result.float().isfinite().all()) or not bool(tensor.float().isfinite().all()):
             return result
@@ -217,11 +218,16 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tu
         what = f"is {model.family.title}, and {sources[0].where} is for {sources[0].family.title}"
         raise UserError(what, where=str(model.path), remedy="merge adapters into a model of the kind they were trained on")
     change = MergedWeights(BaseWeights(model), sources, options)
-    if is_folder:
-        _write_folder(model, change, options, progress)
-    else:
-        _write_file(model, change, sources, options, progress)
-    _check_written(options.target, change)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums wait for memory, not for arithmetic; more threads only wait together
+    try:
+        if is_folder:
+            _write_folder(model, change, options, progress)
+        else:
+            _write_file(model, change, sources, options, progress)
+        _check_written(options.target, change)
+    finally:
+        torch.set_num_threads(threads)
     return report_lines(change.report, sources, model, options), _content(change.report, options)
 
 
@@ -308,11 +314,9 @@ def _write_folder(model: BaseModelFiles, change: MergedWeights, options: Checkpo
 
 def _check_written(target: Path, change: MergedWeights) -> None:
     written = open_base_model(target)
-    found = {
-        (kind, name): checksum(source.read())
-        for kind, part in written.parts.items()
-        for name, source in part.sources.items()
-    }
+    sources = {(kind, name): source for kind, part in written.parts.items() for name, source in part.sources.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(sources, pool.map(lambda source: checksum(source.read()), sources.values()), strict=True))
     wrong = [name for (kind, name), value in change.checksums.items() if found.get((kind, name)) != value]
     if wrong or len(found) != len(change.checksums):
         raise RuntimeError(f"{target}: what was written is not what was computed ({wrong[:3]})")
