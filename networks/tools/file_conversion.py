@@ -252,8 +252,13 @@ def flat(layers: Mapping[str, LayerTensors]) -> dict[str, Tensor]:
 
 def _round(plan: Plan) -> None:
     """Bring every tensor to its layer's type."""
-    for name, tensors in plan.layers.items():
-        plan.layers[name] = {tensor: rounded(value, plan.dtypes[name]) for tensor, value in tensors.items()}
+
+    def work(name: str) -> LayerTensors:
+        return {tensor: rounded(value, plan.dtypes[name]) for tensor, value in plan.layers[name].items()}
+
+    names = list(plan.layers)
+    for name, tensors in zip(names, over_cores(work, names), strict=True):
+        plan.layers[name] = tensors
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -178,11 +178,17 @@ def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | Non
         raise UserError("has no layer with a rank", where=str(options.source), remedy="there is nothing to resize")
     scale = Counter(layer.scale for layer in layers if layer.rank).most_common(1)[0][0]
     alpha = float(torch.tensor(scale * max(layer.rank for layer in layers)))
-    meant = {layer.name: with_alpha(layer.tensors, alpha) if layer.rank else layer.tensors for layer in layers}
-    written = {
-        name: {key: rounded(value, options.dtype) for key, value in tensors.items()} for name, tensors in meant.items()
-    }
-    errors = {layer.name: _norms(layer, meant[layer.name], written[layer.name]) for layer in layers if layer.rank}
+
+    def finish(layer: Resized) -> tuple[LayerTensors, tuple[float, float]]:
+        meant = with_alpha(layer.tensors, alpha) if layer.rank else layer.tensors
+        saved = {key: rounded(value, options.dtype) for key, value in meant.items()}
+        return saved, _norms(layer, meant, saved) if layer.rank else (0.0, 0.0)
+
+    written, errors = {}, {}
+    for layer, (saved, norms) in zip(layers, over_cores(finish, layers), strict=True):
+        written[layer.name] = saved
+        if layer.rank:
+            errors[layer.name] = norms
     save_tensors(options.target, flat(written), None, _metadata(file.metadata, layers, alpha, options))
     prove(options.target, flat(written), written, family)
     return ResizeReport(
