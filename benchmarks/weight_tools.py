@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Time and peak memory of the weight tools, as whole commands on files of full size.
 
-    python benchmarks/weight_tools.py --model sd15.safetensors --lora a.safetensors --other b.safetensors
+    python benchmarks/weight_tools.py --model sd15.safetensors --lora a.safetensors --other b.safetensors \\
+        --tuned tuned.safetensors
     python benchmarks/weight_tools.py ... --only merge_lora svd_merge_lora --rounds 3
 
-Every row of `COMMANDS` is a command line; {model}, {lora} and {other} are the files given, {out} is a folder that is emptied
-afterwards. Times are medians; those of the processor do not count what others do on the machine. Memory is the most that
-the process held (ru_maxrss of wait4).
+Every row of `COMMANDS` is a command line; {model}, {tuned}, {lora} and {other} are the files given, {out} is a folder that is
+emptied afterwards. Times are medians; those of the processor do not count what others do on the machine. Memory is the most
+that the process held (ru_maxrss of wait4).
 """
 
 from __future__ import annotations
@@ -56,6 +57,16 @@ COMMANDS = (
         "networks/svd_merge_lora.py",
         "--models {lora} {other} --ratios 0.6 0.4 --new_rank 16 --save_to {out}/s.safetensors",
     ),
+    Command(
+        "LoRA of rank 16 from two models",
+        "networks/extract_lora_from_models.py",
+        "--model_org {model} --model_tuned {tuned} --dim 16 --save_precision fp16 --save_to {out}/e.safetensors",
+    ),
+    Command(
+        "a LoRA at rank 4",
+        "networks/resize_lora.py",
+        "--model {lora} --new_rank 4 --save_precision fp16 --save_to {out}/r.safetensors",
+    ),
 )
 
 
@@ -90,10 +101,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", required=True, help="a checkpoint")
     parser.add_argument("--lora", required=True, help="an adapter for it")
     parser.add_argument("--other", required=True, help="another one")
+    parser.add_argument("--tuned", required=True, help="a checkpoint that was tuned from the first")
     parser.add_argument("--only", nargs="*", help="names of scripts")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args(argv)
-    files = {name: str(Path(getattr(given, name)).resolve()) for name in ("model", "lora", "other")}
+    files = {name: str(Path(getattr(given, name)).resolve()) for name in ("model", "lora", "other", "tuned")}
     print("| what | wall s | processor s | peak MiB |\n|---|---|---|---|")
     for command in COMMANDS:
         if given.only and Path(command.script).stem not in given.only:
