@@ -5,9 +5,9 @@
         --tuned tuned.safetensors
     python benchmarks/weight_tools.py ... --only merge_lora svd_merge_lora --rounds 3
 
-Every row of `COMMANDS` is a command line; {model}, {tuned}, {lora} and {other} are the files given, {out} is a folder that is
-emptied afterwards. Times are medians; those of the processor do not count what others do on the machine. Memory is the most
-that the process held (ru_maxrss of wait4).
+Every row of `COMMANDS` is a command line; {model}, {tuned}, {lora} and {other} are the files given, {out} is a folder that
+is emptied afterwards. Times are medians; those of the processor do not count what others do on the machine. Memory is the
+most that the process held (ru_maxrss of wait4).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.cli.adapter_merge_options import MERGE_LORA_OPTIONS, SVD_MERGE_LORA_OPTIONS
+from library.cli.extract_lora_options import EXTRACT_LORA_OPTIONS
 from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.merge_models_options import MERGE_MODELS_OPTIONS
 from library.cli.options import all_options
@@ -40,6 +41,7 @@ OF_OUR_SCRIPTS = (
     MERGE_MODELS_OPTIONS,
     MERGE_LORA_OPTIONS,
     SVD_MERGE_LORA_OPTIONS,
+    EXTRACT_LORA_OPTIONS,
     CHECK_OPTIONS,
     ADAPTER_CONVERSION_OPTIONS,
     RESIZE_LORA_OPTIONS,

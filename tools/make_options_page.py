@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.cli.adapter_merge_options import MERGE_LORA_OPTIONS, SVD_MERGE_LORA_OPTIONS  # noqa: E402
+from library.cli.extract_lora_options import EXTRACT_LORA_OPTIONS  # noqa: E402
 from library.cli.generation_options import GENERATION_OPTIONS  # noqa: E402
 from library.cli.merge_models_options import MERGE_MODELS_OPTIONS  # noqa: E402
 from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
@@ -29,6 +30,7 @@ SCRIPTS = {
     "tools/merge_models.py": MERGE_MODELS_OPTIONS,
     "networks/merge_lora.py": MERGE_LORA_OPTIONS,
     "networks/svd_merge_lora.py": SVD_MERGE_LORA_OPTIONS,
+    "networks/extract_lora_from_models.py": EXTRACT_LORA_OPTIONS,
 }
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options
