@@ -21,9 +21,11 @@ from library.checkpoints import base_model
 from library.checkpoints.base_model import open_base_model
 from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
 from library.cli.options import FLAG, all_options
+from library.families.sd1 import SD1
 from library.generation.planning import image_seed
 from library.generation.png_info import read_recipe
 from networks import lora
+from tests.support.tiny_models import build_tiny_parts
 
 ROOT = Path(gen_img_diffusers.__file__).parent
 FROZEN = ROOT / "tests" / "library" / "generation" / "gen_img_diffusers_options.txt"
@@ -170,6 +172,26 @@ def test_adapters_act_by_their_strength_and_merging_draws_the_same(tiny_sd1_fold
     assert np.array_equal(drawn["plain"], drawn["zero"])
     assert np.abs(drawn["plain"] - drawn["full"]).mean() > 2
     assert np.abs(drawn["full"] - drawn["merged halves"]).max() <= 1
+
+
+def test_merging_several_that_depend_on_the_base_draws_the_same(tiny_sd1_folder, tmp_path):
+    parts = build_tiny_parts(SD1)
+    files = []
+    for number, arguments in enumerate(({"dora_wd": True}, {"dora_wd": True, "wd_on_output": True})):
+        network = lora.create_network(1.0, 4, 2, None, parts["text_encoder"], parts["unet"], **arguments)
+        stream = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=stream))
+        files.append(tmp_path / f"{number}.safetensors")
+        network.save_weights(files[-1], None, {})
+    command = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat --s 3", "--seed", 1, "--network_weights", *files)
+    plain, attached, merged = (
+        pixels(draw(*words, "--outdir", tmp_path / name)[0])
+        for name, words in (("a", command[:6]), ("b", command), ("c", (*command, "--network_merge")))
+    )
+    assert np.abs(attached - plain).mean() > 2
+    assert np.abs(attached - merged).max() <= 1
 
 
 def test_sequential_names_go_on_where_the_folder_ends(tiny_sd1_folder, tmp_path):
