@@ -42,7 +42,7 @@ def turn_in_stages(values: Tensor, turns: Tensor) -> Tensor:
     stages, blocks, size, _ = turns.shape
     half = size // 2
     rows = values.movedim(-1, 0)
-    shape, rows = rows.shape, rows.flatten(1).contiguous()
+    shape, rows = rows.shape, rows.reshape(len(rows), -1).contiguous()
     # A block has pairs of rows, one from each of its halves. Taken half by half, whole stretches of memory are moved.
     matrices = turns.view(stages, blocks, half, 2, half, 2).transpose(2, 3).transpose(4, 5).reshape(turns.shape)
     change = torch.zeros_like(rows)

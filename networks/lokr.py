@@ -213,7 +213,7 @@ class LoKrModule(AdditiveAdapter):
         """Sums over the input's groups: (n, O1, I2) of a Linear layer, (batch * O1, I2, h, w) of a convolution."""
         (out1, _), (in1, in2) = self.form.outputs, self.form.inputs
         if self.spec.is_linear:
-            return mix_groups(x.flatten(0, -2), w1, in1)
+            return mix_groups(x.reshape(-1, x.shape[-1]), w1, in1)
         return mix_groups(x, w1, in1).reshape(len(x) * out1, in2, *x.shape[2:])
 
     def _mixed_ranks(self, x: Tensor, w1: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
@@ -243,7 +243,7 @@ class LoKrModule(AdditiveAdapter):
     def delta_norm(self, base_weight: Tensor) -> Tensor:
         """Frobenius norm of the change: the product of the factors' norms."""
         w1, w2 = self._full_factors()
-        return self.scale * torch.linalg.vector_norm(w1) * torch.linalg.vector_norm(w2)
+        return abs(self.scale) * torch.linalg.vector_norm(w1) * torch.linalg.vector_norm(w2)
 
     def singular_values(self) -> Tensor | None:
         """See `Adapter.singular_values`: the products of every pair of the factors' own."""

@@ -177,7 +177,7 @@ class LoRAModule(AdditiveAdapter):
         hidden, up = self._hidden(x)
         hidden, factor = self.drop_module(hidden), self.multiplier * self.scale
         if self.spec.is_linear and hidden.dtype == output.dtype:
-            rows = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.t(), alpha=factor)
+            rows = torch.addmm(output.reshape(-1, len(up)), hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=factor)
             return rows.view(output.shape)
         return output + self._from_hidden(hidden * factor, up).to(output.dtype)
 
@@ -212,7 +212,7 @@ class LoRAModule(AdditiveAdapter):
             return super().delta_norm(base_weight)
         down, up = (factor.float() for factor in self.factors())
         down, up = down.flatten(1), up.flatten(1)
-        return self.scale * ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0).sqrt()
+        return abs(self.scale) * ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0).sqrt()
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """See `AdditiveAdapter.product`."""

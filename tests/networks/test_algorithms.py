@@ -47,6 +47,18 @@ def test_the_effect_on_the_output_is_that_of_the_changed_weight(case, layer_name
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+ON_LINEAR = [case for case in CASES if "linear" in case.layers]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", ON_LINEAR, ids=str)
+def test_a_linear_layer_takes_a_single_vector(case, training):
+    layer, x = layer_and_input("linear")
+    adapter = acting(new_adapter(case, layer)).train(training)
+    out = attached(layer, adapter, x[1, 2])
+    torch.testing.assert_close(out, attached(layer, adapter, x)[1, 2], rtol=1e-5, atol=1e-5)
+
+
 @everywhere
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -142,6 +154,22 @@ def test_scaling_the_change_scales_its_norm(case, layer_name):
         assert 0.4 * before < after < 0.75 * before
     else:
         torch.testing.assert_close(after, before / 2, rtol=1e-4, atol=1e-5)
+
+
+HAS_ALPHA = [pytest.param(*each.values, id=each.id) for each in EVERY if algorithm(each.values[0].name).has_alpha]
+
+
+@pytest.mark.parametrize(("case", "layer_name"), HAS_ALPHA)
+def test_a_negative_alpha_turns_the_change_round_and_keeps_its_norm(case, layer_name):
+    layer, _ = layer_and_input(layer_name)
+    adapter = acting(new_adapter(case, layer))
+    weight = layer.get_parameter("weight")
+    delta, norm = adapter.delta_weight(weight), adapter.delta_norm(weight)
+    adapter.scale = -adapter.scale
+    if not adapter.reads_base:
+        assert torch.equal(adapter.delta_weight(weight), -delta)
+    assert norm > 0
+    torch.testing.assert_close(adapter.delta_norm(weight), norm)
 
 
 @everywhere
