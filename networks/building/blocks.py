@@ -37,16 +37,14 @@ def block_values(text: str, count: int, name: str) -> tuple[float, ...]:
     if len(values) != count:
         given = f"{len(values)} value{'s' if len(values) != 1 else ''}"
         raise UserError(f"{given} given, {count} wanted, one for each block", where=f"--network_args {name}")
-    if min(values) < 0:
-        raise UserError(f"{min(values):g} is negative", where=f"--network_args {name}", remedy="give 0 or more")
-    return values
+    return _not_negative(values, name)
 
 
 def learning_rate_weights(text: str, count: int, name: str) -> tuple[float, ...]:
     """Weights of the down or up blocks: a list of numbers, or a preset that is spread over them, as in "cosine+.25".
 
     Raises:
-        UserError: an unknown preset (with the known ones), or a list that is not `count` long.
+        UserError: an unknown preset (with the known ones), a list that is not `count` long, or a negative weight.
     """
     match = _PRESET.fullmatch(text.strip())
     if match is None:
@@ -56,7 +54,13 @@ def learning_rate_weights(text: str, count: int, name: str) -> tuple[float, ...]
         remedy = near_names(preset, _PRESETS)
         raise UserError(f"'{preset}' is no preset", where=f"--network_args {name}", remedy=remedy)
     offset = numbers(added, name)[0] if added else 0.0
-    return tuple(_PRESETS[preset](index / (count - 1)) + offset for index in range(count))
+    return _not_negative(tuple(_PRESETS[preset](index / (count - 1)) + offset for index in range(count)), name)
+
+
+def _not_negative(values: tuple[float, ...], name: str) -> tuple[float, ...]:
+    if min(values) < 0:
+        raise UserError(f"{min(values):g} is negative", where=f"--network_args {name}", remedy="give 0 or more")
+    return values
 
 
 def all_learning_rate_weights(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.tensor_files import open_tensor_file
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.families.family import ModelFamily
 from library.streams import torch_stream
 from networks.building.blocks import RankPlan, all_learning_rate_weights, block_values
@@ -177,8 +177,8 @@ def create_network(
     shared = RANK_ARGUMENTS | RATE_ARGUMENTS | START_ARGUMENTS | SCALE_ARGUMENTS | SELECTION_ARGUMENTS
     values = arguments.read_arguments(network_args, shared | _own_arguments(used))
     values = _with_dropout(values, neuron_dropout, used)
-    _note_what_means_nothing(used, network_dim, network_alpha, values)
     selection = read_selection(values, family, default_preset=own.preset)
+    _note_what_means_nothing(used, network_dim, network_alpha, values, selection.rules)
     rates = rate_factors(values, family.block_count, selection.rules)
     plan = rank_plan(network_dim, network_alpha, values, rates, selection, family.block_count)
 
@@ -197,6 +197,7 @@ def create_network(
             "leave no layer to adapt", where="--network_args", remedy="give some block a rank and a weight above 0"
         )
     _check_included(selection, targets)
+    _note_block_sizes([(adapter, plan.of(target)) for adapter, target in zip(adapters, targets, strict=True)], values)
     if any(name.startswith("loraplus") for name in values) and not any(adapter.plus_parameters() for adapter in adapters):
         logger.warning("LoRA+ has no effect: %s has no factors that start at zero beside others", own.adapter.title)
     return AdapterNetwork(adapters, targets, family=family, multiplier=multiplier, rate_factors=rates)
@@ -217,11 +218,12 @@ def algorithms_used(own: Algorithm, network_args: Mapping[str, Any]) -> list[Alg
     """The algorithm of the module, and those that are given to layers by pattern.
 
     Raises:
-        UserError: an unknown name among these.
+        UserError: an unknown name among these, or a `train_norm` that is neither yes nor no.
     """
     pieces = str(network_args.get("network_reg_algos") or "").split(",")
     names = [piece.rpartition("=")[2] for piece in pieces if "=" in piece]
-    norms = ["norm"] if str(network_args.get("train_norm", "")).lower() in ("true", "1", "yes") else []
+    train_norm = network_args.get("train_norm")
+    norms = ["norm"] if train_norm is not None and arguments.flag(str(train_norm), "train_norm") else []
     return [own, *(algorithm(name, where="--network_args network_reg_algos") for name in names + norms)]
 
 
@@ -281,12 +283,22 @@ def _with_dropout(values: Mapping[str, Any], neuron_dropout: float | None, used:
 
 
 def _note_what_means_nothing(
-    used: Sequence[Algorithm], network_dim: int | None, network_alpha: float | None, values: Mapping[str, Any]
+    used: Sequence[Algorithm],
+    network_dim: int | None,
+    network_alpha: float | None,
+    values: Mapping[str, Any],
+    rules: Sequence[Rule],
 ) -> None:
-    """Warn of ranks and alphas that none of the algorithms has. (1 is what alpha is where the user does not give it.)"""
+    """Warn of settings that act on nothing: ranks and alphas that none of the algorithms has, DoRA's axis without DoRA.
+    (1 is what alpha is where the user does not give it.)"""
     title = used[0].adapter.title
     if network_dim is not None and not any(each.has_rank for each in used):
         logger.warning("--network_dim has no effect: %s has no rank", title)
+    if network_dim is not None and "num_blocks" in values and len(used) == 1:
+        logger.warning("--network_dim has no effect: num_blocks decides the size of the blocks")
+    decomposed = values.get("dora_wd") or any(rule.options.get("dora_wd") for rule in rules)
+    if values.get("wd_on_output") and not decomposed:
+        logger.warning("--network_args wd_on_output has no effect without dora_wd=True")
     if any(each.has_alpha for each in used):
         return
     given = ["--network_alpha"] if network_alpha not in (None, 0, 1) else []
@@ -294,6 +306,31 @@ def _note_what_means_nothing(
     instead = "; --network_args constraint limits its rotations" if "constraint" in used[0].arguments else ""
     for name in given:
         logger.warning("%s has no effect: %s has no alpha%s", name, title, instead)
+
+
+def _note_block_sizes(adapters: Sequence[tuple[Adapter, tuple[int, float] | None]], values: Mapping[str, Any]) -> None:
+    """Warn where blocks of outputs are not of the size that was asked for, because it does not split a layer's width.
+
+    Args:
+        adapters: each with its planned rank and alpha.
+    """
+    if "num_blocks" in values:
+        return
+    rotated = [(adapter, plan[0]) for adapter, plan in adapters if plan is not None and _has_blocks(adapter)]
+    other = [(adapter, asked) for adapter, asked in rotated if adapter.rank != asked]
+    if other:
+        logger.warning(
+            "%s: %d of %s have blocks of %s outputs instead of %s, which does not split their width so",
+            other[0][0].title,
+            len(other),
+            counted(len(rotated), "layer"),
+            *(" or ".join(map(str, sorted(sizes))) for sizes in ({each.rank for each, _ in other}, {n for _, n in other})),
+        )
+
+
+def _has_blocks(adapter: Adapter) -> bool:
+    """Whether the adapter's rank is the size of blocks, which a layer's width limits: of those without alpha."""
+    return bool(adapter.rank) and not adapter.has_alpha
 
 
 def create_network_from_weights(

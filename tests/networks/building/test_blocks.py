@@ -107,6 +107,7 @@ WRONG = [
     ({"mid_lr_weight": "1,1"}, "mid_lr_weight: 2 values given, 1 wanted"),
     ({"mid_lr_weight": "sine"}, "mid_lr_weight: 'sine' is not a number"),
     ({"mid_lr_weight": "-1"}, "mid_lr_weight: -1 is negative"),
+    ({"down_lr_weight": "linear+-0.5"}, "down_lr_weight: -0.5 is negative; give 0 or more"),
     ({"down_lr_weight": "cosin+.25"}, "down_lr_weight: 'cosin' is no preset; did you mean cosine"),
     ({"down_lr_weight": "cosine+x"}, "down_lr_weight: 'cosine\\+x' is not a number"),
     ({"block_lr_zero_threshold": "0.1"}, "block_lr_zero_threshold: has no effect without block weights"),
