@@ -16,7 +16,7 @@ from torch import Tensor
 
 from library.checkpoints.atomic import check_writable
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
-from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER
+from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, VAE
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
 from library.errors import UserError
@@ -108,6 +108,7 @@ class Extracted:
         equal: layers that LoRA could hold, and that are the same in both models.
         stored: tensors of `rest` that the file holds as differences, by part and name.
         text_difference: the largest absolute one of the text encoder's layers; None where that was left in.
+        vae_differs: which no adapter holds.
         reader_line: who applies the file rightly.
     """
 
@@ -118,6 +119,7 @@ class Extracted:
     equal: list[str] = field(default_factory=list)
     stored: set[tuple[str, str]] = field(default_factory=set)
     text_difference: float | None = None
+    vae_differs: bool = False
     reader_line: str = ""
 
 
@@ -144,6 +146,7 @@ def extract(options: Extraction, *, progress: Progress) -> Extracted:
         _sort_in(found, measured)
         progress(done, len(pairs))
     _refuse_nothing(found)
+    found.vae_differs = _vae_differs(*models)
     planned = _planned_tensors(found)
     write_tensors(options.target, planned, _metadata(found), add_hashes=True)
     _prove(found, planned)
@@ -170,6 +173,14 @@ def _text_difference(pairs: list[TensorPair], options: Extraction) -> float:
             if largest > options.min_diff:
                 break
     return largest
+
+
+def _vae_differs(base: BaseModelFiles, tuned: BaseModelFiles) -> bool:
+    first, second = base.parts[VAE].sources, tuned.parts[VAE].sources
+    return any(
+        name not in second or not torch.equal(source.read().float().flatten(), second[name].read().float().flatten())
+        for name, source in first.items()
+    )
 
 
 def _largest(difference: Tensor) -> float:

@@ -77,6 +77,8 @@ def _notes(found: Extracted) -> list[str]:
         told.append(f"text encoder {how}")
     if found.equal:
         told.append(f"{counted(len(found.equal), 'layer')} the same in both models: {some_names(found.equal, _SHOWN)}")
+    if found.vae_differs:
+        told.append("the VAE is another one too, which no adapter holds: use that of the tuned model")
     if options.clamp_quantile < 1:
         without = _ratio([(one.unclamped, one.change) for one in found.layers.values()])
         now = relative(found.layers.values())
@@ -107,6 +109,7 @@ def content(found: Extracted) -> dict[str, object]:
             }
             for name, one in found.layers.items()
         },
+        "vae_differs": found.vae_differs,
         "equal_layers": found.equal,
         "rest": [
             {

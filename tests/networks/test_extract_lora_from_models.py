@@ -23,6 +23,7 @@ from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.cli.doors import run_door
 from library.families.sd1 import SD1
+from library.families.sd2 import SD2
 from networks.building.presets import find_preset
 from networks.building.selection import Selection
 from networks.building.targets import model_layers
@@ -160,11 +161,11 @@ class TestExactness:
             "--save_precision",
             "fp16",
         ).require_success()
-        wanted = {
-            name: 10 * low_rank(key, change.float()).double()
-            for name, change in differences(base, merged).items()
-            for key in [path_of(base, name)]
-        }
+        weights, wanted = BaseWeights(open_base_model(base)), {}
+        for name, change in differences(base, merged).items():
+            place = weights.place(name, "weight")
+            assert place is not None
+            wanted[name] = 10 * low_rank(place[1], change.float()).double()
         assert error(deltas(path, base), wanted) < 1e-3
 
     def test_a_change_of_full_rank_is_approximated_as_well_as_can_be(self, tiny_sd1_folder, tuned, tmp_path, capsys):
@@ -187,13 +188,6 @@ class TestExactness:
             wanted = {layer.name for layer in chosen}
             found = differences(tiny_sd1_folder, tuned["noise"], convolutions=convolutions)
             assert found.keys() == wanted
-
-
-def path_of(base: Path, layer: str) -> str:
-    """The name of a layer's weight in its part."""
-    place = BaseWeights(open_base_model(base)).place(layer, "weight")
-    assert place is not None
-    return place[1]
 
 
 class TestDecomposition:
@@ -363,6 +357,30 @@ class TestOptions:
         again = torch.load(second, weights_only=True)
         assert all(torch.equal(value, again[key]) for key, value in load_file(first).items())
 
+    def test_models_of_sd2_that_predict_v(self, tiny_sd2_v_folder, tmp_path, capsys):
+        other = changed_model(tiny_sd2_v_folder, tmp_path / "tuned.safetensors", with_low_rank)
+        path = tmp_path / "lora.safetensors"
+        more = ("--v2", "--v_parameterization", "--dim", RANK, "--conv_dim", RANK, "--min_diff", 0)
+        self.extract(capsys, tiny_sd2_v_folder, other, path, *more)
+        wanted = differences(tiny_sd2_v_folder, other, convolutions=True)
+        weights, layers = BaseWeights(open_base_model(tiny_sd2_v_folder)), FileLayers(open_tensor_file(path), SD2)
+        found = {
+            name: adapter_of_layer(name, layers.read(name), weights.spec(name)).delta_weight(torch.empty(0)).detach()
+            for name in layers.names
+        }
+        assert error(found, wanted) < 1e-5
+        assert metadata_of(path)["ss_v2"] == "True"
+        assert metadata_of(path)["modelspec.prediction_type"] == "v"
+
+    def test_another_vae_is_told(self, tiny_sd1_folder, tuned, tmp_path, capsys):
+        def with_vae(kind: str, name: str, tensor: Tensor) -> Tensor:
+            return tensor + 1 if kind == VAE else with_low_rank(kind, name, tensor)
+
+        other, path = tmp_path / "vae.safetensors", tmp_path / "lora.safetensors"
+        done = self.extract(capsys, tiny_sd1_folder, changed_model(tiny_sd1_folder, other, with_vae), path)
+        assert "the VAE is another one too" in done.out
+        assert "VAE" not in self.extract(capsys, tiny_sd1_folder, tuned["noise"], path).out
+
 
 class TestRefusals:
     def refused(self, capsys, target: Path, *arguments: object) -> Finished:
@@ -440,6 +458,11 @@ class TestRefusals:
             done, "--model_org: not given", "--model_tuned: not given", "--dim 0", "--clamp_quantile 2", "--rank_error 1.5",
             "no suffix of a tensor file", "--rank_error with --rank_share",
         )  # fmt: skip
+
+    def test_a_report_that_cannot_be_written(self, tiny_sd1_folder, tuned, tmp_path, capsys):
+        models = ("--model_org", tiny_sd1_folder, "--model_tuned", tuned["noise"])
+        more = ("--report", tmp_path / "missing" / "report.json")
+        assert_refused(self.refused(capsys, tmp_path / "a.safetensors", *models, *more), "report.json")
 
     def test_a_device_that_is_not_there(self, tiny_sd1_folder, tuned, tmp_path, capsys):
         models = ("--model_org", tiny_sd1_folder, "--model_tuned", tuned["noise"])
