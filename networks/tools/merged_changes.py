@@ -16,7 +16,15 @@ from torch import Tensor
 from library.streams import torch_stream
 from networks.core.adapter import LayerSpec
 from networks.core.additive import AdditiveAdapter
-from networks.core.products import balanced_factors, rank_within, svd, svd_of_product
+from networks.core.products import (
+    balanced_factors,
+    leading_singular_vectors,
+    norm_of_difference,
+    norm_of_product,
+    rank_within,
+    svd,
+    svd_of_product,
+)
 from networks.tools.conversion import DOWN, UP, LayerError, LayerTensors, SourceLayer
 from networks.tools.dense_merging import Method
 
@@ -35,9 +43,13 @@ class RankLimit:
     conv_rank: int | None = None
     share: float | None = None
 
+    def highest(self, spec: LayerSpec) -> int | None:
+        """The rank that a layer may have; None for no limit."""
+        return self.conv_rank if spec.is_wide else self.rank
+
     def of(self, spec: LayerSpec, values: Tensor) -> int:
         """The rank for a layer with these singular values."""
-        highest = self.conv_rank if spec.is_wide else self.rank
+        highest = self.highest(spec)
         needed = len(values) if self.share is None else rank_within(values, (1 - self.share) ** 0.5)
         return max(1, min(needed, len(values) if highest is None else highest))
 
@@ -82,15 +94,14 @@ class Change:
     def norm(self) -> float:
         """Frobenius norm of the change of the weight."""
         if self.product is not None:
-            return product_norm(*self.product)
+            return norm_of_product(*self.product)
         assert self.dense is not None
         return float(torch.linalg.vector_norm(self.dense.double()))
 
     def distance(self, other: Change) -> float:
         """Frobenius norm of the difference of two changes of the weight."""
         if self.product is not None and other.product is not None:
-            (up, down), (other_up, other_down) = self.product, other.product
-            return product_norm(torch.cat([up, -other_up], 1), torch.cat([down, other_down]))
+            return norm_of_difference(self.product, other.product)
         difference = self.matrix().double() - other.matrix().double()
         return float(torch.linalg.vector_norm(difference))
 
@@ -100,15 +111,6 @@ class Change:
             return self.product[0] @ self.product[1]
         assert self.dense is not None
         return self.dense if self.spec.is_norm else self.dense.flatten(1)
-
-
-def product_norm(up: Tensor, down: Tensor) -> float:
-    """||up @ down|| without forming it: by QR of both, so that what cancels out does so within double precision."""
-    up, down = up.double(), down.double()
-    if up.shape[1] >= min(up.shape[0], down.shape[1]):
-        return float(torch.linalg.vector_norm(up @ down))
-    first, second = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.t()))
-    return float(torch.linalg.vector_norm(first @ second.t()))
 
 
 Term = tuple[float, SourceLayer]
@@ -177,7 +179,7 @@ def tensors_of(change: Change, limit: RankLimit | None) -> LayerTensors:
         assert change.dense is not None
         return {"diff": change.dense, **bias_of}
     if limit is not None:
-        left, values, right = svd(change.matrix()) if product is None else svd_of_product(*product)
+        left, values, right = _decomposed(change, limit)
         up, down = balanced_factors(left, values, right, limit.of(change.spec, values))
     else:
         assert product is not None
@@ -191,6 +193,16 @@ def tensors_of(change: Change, limit: RankLimit | None) -> LayerTensors:
         "alpha": torch.tensor(float(len(down))),
         **bias_of,
     }
+
+
+def _decomposed(change: Change, limit: RankLimit) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values, as many as may be kept."""
+    if change.product is not None:
+        return svd_of_product(*change.product)
+    highest = limit.highest(change.spec)
+    if highest is None or limit.share is not None:
+        return svd(change.matrix())
+    return leading_singular_vectors(change.matrix(), highest, torch_stream(0, "merged change"))
 
 
 def shuffled(name: str, tensors: LayerTensors) -> LayerTensors:

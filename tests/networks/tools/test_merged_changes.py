@@ -12,7 +12,7 @@ from networks.core.products import svd
 from networks.formats.file_adapters import adapter_of_layer
 from networks.tools.conversion import DOWN, SourceLayer
 from networks.tools.dense_merging import Method
-from networks.tools.merged_changes import Arithmetic, RankLimit, product_norm, tensors_of, wanted_change, written_change
+from networks.tools.merged_changes import Arithmetic, RankLimit, tensors_of, wanted_change, written_change
 from tests.networks.cases import CASES, acting, layer_and_input, new_adapter
 
 KINDS = ("linear", "conv 1x1", "conv 3x3")
@@ -70,15 +70,6 @@ def test_a_conv_rank_is_that_of_kernels_alone():
     for kind, rank in (("linear", 2), ("conv 1x1", 2), ("conv 3x3", 3)):
         change = wanted_change([(1.0, source(CASES[0], kind, 1)[0])], Arithmetic())
         assert len(tensors_of(change, limit)[DOWN]) == rank
-
-
-def test_norms_of_products_are_those_of_the_dense_ones():
-    stream = torch.Generator().manual_seed(0)
-    for rank in (1, 5, 30):
-        up, down = torch.randn(12, rank, generator=stream), torch.randn(rank, 20, generator=stream)
-        assert product_norm(up, down) == pytest.approx(float((up @ down).double().norm()), rel=1e-5)
-        cancelling = product_norm(torch.cat([up, -up], 1), torch.cat([down, down]))
-        assert cancelling < 1e-10
 
 
 # Methods that look at single values
