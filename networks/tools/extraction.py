@@ -305,7 +305,7 @@ def _stored_rest(found: Extracted) -> Iterator[tuple[Measured, str]]:
         is_weight = pair.name.endswith(".weight")
         if pair.kind == "norms":
             yield measured, f"{pair.layer}.{'w_norm' if is_weight else 'b_norm'}"
-        elif is_weight or pair.layer in found.layers or measured.change:
+        else:
             yield measured, f"{pair.layer}.{'diff' if is_weight else 'diff_b'}"
 
 
