@@ -72,5 +72,5 @@ def _owner(name: str, layers: dict[str, set[str]]) -> str | None:
 
 
 def _kind(layer: str) -> str:
-    """What layers of one kind have in common: the name without its numbers, down blocks being like up blocks."""
-    return re.sub(r"\d+", "#", layer).replace("up_blocks", "down_blocks")
+    """What layers of one kind have in common: the name without its numbers, blocks being like each other."""
+    return re.sub(r"\d+", "#", re.sub(r"mid_block|(down|up)_blocks\.\d+", "block", layer))

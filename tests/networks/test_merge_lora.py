@@ -526,3 +526,17 @@ def test_it_runs_as_a_command(files, tiny_sd1_file, tmp_path):
     ]
     done = run_script("networks/merge_lora.py", *words).require_success()
     assert done.last_line.endswith("opened again and compared")
+
+
+def test_a_model_that_lacks_a_tensor_is_refused_though_no_module_is_built(files, tiny_sd1_file, tmp_path, capsys):
+    tensors = load_file(tiny_sd1_file)
+    lost = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != lost},
+        tmp_path / "base.safetensors",
+        open_tensor_file(tiny_sd1_file).metadata,
+    )
+    command = ["--sd_model", tmp_path / "base.safetensors", "--models", files("full"), "--allow_unmatched"]
+    done = run(capsys, *command, "--save_to", tmp_path / "new.safetensors")
+    assert_refused(done, "lacks mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight of its U-Net")
+    assert not (tmp_path / "new.safetensors").exists()
