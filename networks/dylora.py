@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import LayerSpec
+from networks.core.adapter import LayerSpec, misfit
 from networks.core.additive import AdditiveAdapter
 from networks.core.algorithms import Algorithm
 from networks.lora import LoRAModule, low_rank_delta
@@ -139,14 +139,27 @@ class DyLoRAModule(AdditiveAdapter):
         adapter.load_tensors(tensors)
         return adapter
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Beside slabs, accept a file's whole factors."""
-        for name, axis in (("lora_down", 0), ("lora_up", 1)):
+        for name, axis, own in zip(("lora_down", "lora_up"), (0, 1), self._whole_factors(), strict=True):
             whole = state_dict.pop(f"{prefix}{name}.weight", None)
-            if whole is not None:
-                slabs = whole.split(self.unit, dim=axis)
-                state_dict.update({f"{prefix}{name}.{place}": slab for place, slab in enumerate(slabs)})
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+            if whole is None:
+                continue
+            if whole.numel() != own.numel() or len(whole) != len(own):
+                error_msgs.append(misfit(f"{prefix}{name}.weight", whole, own))
+                whole = own
+            slabs = whole.split(self.unit, dim=axis)
+            state_dict.update({f"{prefix}{name}.{place}": slab for place, slab in enumerate(slabs)})
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 ALGORITHM = Algorithm(

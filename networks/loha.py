@@ -126,6 +126,11 @@ class LoHaModule(AdditiveAdapter):
                 nn.init.normal_(factor, std=spread, generator=generator)
         nn.init.zeros_(self.hada_w2_a)
 
+    @property
+    def structure(self) -> dict[str, str]:
+        """See `Adapter.structure`."""
+        return super().structure | ({} if self.hada_t1 is None else {"Tucker form": "use_tucker=True"})
+
     def _factors(self) -> list[Tensor]:
         """The trained factors: w1_a, w1_b, w2_a, w2_b and, in Tucker form, the two cores."""
         factors: list[Tensor] = [self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b]

@@ -123,6 +123,11 @@ class LoKrModule(AdditiveAdapter):
         for name, shape in self._shapes().items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
+    @property
+    def structure(self) -> dict[str, str]:
+        """See `Adapter.structure`; several settings decide the factors together."""
+        return super().structure | {str(self.form): ""}
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of each factor -> its shape, in the file's order."""
         (out1, out2), (in1, in2), form = self.form.outputs, self.form.inputs, self.form

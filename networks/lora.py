@@ -115,6 +115,12 @@ class LoRAModule(AdditiveAdapter):
         for name, tensor in zip(RESIDUE, sparse, strict=True):
             self.register_buffer(name, tensor if residue else None)
 
+    @property
+    def structure(self) -> dict[str, str]:
+        """See `Adapter.structure`; no setting asks for a file's bias and residue."""
+        of_files = {"a change of the bias": self.diff_b, "single values beside": self.bias_values}
+        return super().structure | {words: "" for words, tensor in of_files.items() if tensor is not None}
+
     # The change
 
     def initialise_factors(self, generator: torch.Generator, base_weight: Tensor) -> None:
@@ -278,6 +284,7 @@ class LoRAModule(AdditiveAdapter):
             plain = self._with_starts(plain_lora(self.spec, given))
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')} {error}".strip())
+            self._keep_own(state_dict, prefix)
             return
         state_dict.update({prefix + name: tensor for name, tensor in plain.items()})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -113,6 +113,11 @@ def kept_by_dropout(shape: Sequence[int], share: float, device: torch.device) ->
     return torch.rand(list(shape), device=device) >= share
 
 
+def misfit(name: str, given: Tensor, wanted: Tensor) -> str:
+    """What to say of a file's tensor that has another shape than the layer's."""
+    return f"{name} is {tuple(given.shape)}, the layer wants {tuple(wanted.shape)}"
+
+
 class Weight(nn.Module):
     """A bare parameter, for algorithms whose saved tensors are called `<factor>.weight`."""
 
@@ -151,6 +156,12 @@ class Adapter(nn.Module):
     def variant(self) -> str:
         """The algorithm with what makes its formula another one, for the plan and the file's metadata."""
         return self.title
+
+    @property
+    def structure(self) -> dict[str, str]:
+        """What beside algorithm and rank decides what its tensors are, as words for sentences ("DoRA per input") -> the
+        `network_args` that ask for it, empty where no single one does."""
+        return {}
 
     @property
     def has_alpha(self) -> bool:
@@ -317,16 +328,26 @@ class Adapter(nn.Module):
         try:
             self.load_state_dict(dict(tensors))
         except RuntimeError as error:
-            raise ValueError(f"does not fit ({'; '.join(line.strip() for line in str(error).splitlines()[1:])})") from None
+            raise ValueError(f"does not fit: {', '.join(line.strip() for line in str(error).splitlines()[1:])}") from None
 
     def update_scale(self) -> None:
         """Recompute what depends on the `alpha` buffer, after it was loaded."""
         if "alpha" in self._buffers and self.rank:
             self.scale = float(self.get_buffer("alpha")) / self.rank
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Accept factors shaped for the layer's twin (SD2's projections are Linear layers in a folder and 1x1 convolutions
-        in a file), and files without alpha or with alpha 0, which stand for alpha = rank."""
+        in a file), and files without alpha or with alpha 0, which stand for alpha = rank. What does not fit is told in
+        words of ours."""
         for name, own in self.state_dict().items():
             given = state_dict.get(prefix + name)
             if given is not None and given.numel() == own.numel() and given.shape[:1] in (own.shape[:1], (1,)):
@@ -335,5 +356,29 @@ class Adapter(nn.Module):
             alpha = state_dict.get(prefix + "alpha")
             if alpha is None or not alpha.any():
                 state_dict[prefix + "alpha"] = torch.tensor(float(self.rank))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if strict:
+            error_msgs += self._misfits(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.update_scale()
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """What does not fit among the tensors to load, which afterwards do: what is told here keeps its own values."""
+        own = self.state_dict()
+        strange = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in own]
+        found = [f"{key} does not belong to it" for key in strange]
+        for key in strange:
+            del state_dict[key]
+        for name, tensor in own.items():
+            given = state_dict.setdefault(prefix + name, None)
+            if given is None:
+                found.append(f"{prefix}{name} is missing")
+            elif given.shape != tensor.shape:
+                found.append(misfit(prefix + name, given, tensor))
+            else:
+                continue
+            state_dict[prefix + name] = tensor
+        return found
+
+    def _keep_own(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Let the tensors to load be the own ones, where the given ones cannot be taken and why was told."""
+        state_dict.update({prefix + name: tensor for name, tensor in self.state_dict().items()})

@@ -92,6 +92,14 @@ class AdditiveAdapter(Adapter):
         """See `Adapter.variant`: tells along what DoRA's magnitudes lie."""
         return self.title if self.dora_scale is None else f"{self.title} with DoRA per {self.magnitude_axis}"
 
+    @property
+    def structure(self) -> dict[str, str]:
+        """See `Adapter.structure`."""
+        if self.dora_scale is None:
+            return {}
+        settings = "dora_wd=True wd_on_output=True" if self.magnitude_axis == "output" else "dora_wd=True"
+        return {f"DoRA per {self.magnitude_axis}": settings}
+
     # What an algorithm gives
 
     def initialise_factors(self, generator: torch.Generator, base_weight: Tensor) -> None:

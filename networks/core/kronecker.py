@@ -33,6 +33,12 @@ class KroneckerForm:
         """The rank by which alpha is divided; 0 with two full factors, where alpha means nothing."""
         return self.w2_rank or self.w1_rank or 0
 
+    def __str__(self) -> str:
+        kinds = ("a full", "a decomposed", "a Tucker-decomposed")
+        first = f"{kinds[self.w1_rank is not None]} {self.outputs[0]} x {self.inputs[0]}"
+        kind = kinds[2 if self.tucker else self.w2_rank is not None]
+        return f"{first} and {kind} {self.outputs[1]} x {self.inputs[1]} factor"
+
     @classmethod
     def of_tensors(cls, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> KroneckerForm:
         """The form that a file's tensors have, whoever chose the sizes.

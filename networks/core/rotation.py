@@ -115,6 +115,11 @@ class RotationAdapter(Adapter):
         extras = [*(["constraint"] if self.constraint else []), *(["rescale"] if self.rescale is not None else [])]
         return f"{self.title} with {' and '.join(extras)}" if extras else self.title
 
+    @property
+    def structure(self) -> dict[str, str]:
+        """See `Adapter.structure`."""
+        return {} if self.rescale is None else {"rescale": "rescaled=True"}
+
     def initialise(self, generator: torch.Generator, base_weight: Tensor) -> None:
         """Rotations by nothing; see `Adapter.initialise`."""
         nn.init.zeros_(self.oft_blocks)

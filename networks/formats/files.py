@@ -196,7 +196,7 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
     """Load one layer's tensors, naming the layer if they do not fit.
 
     Raises:
-        UserError: another algorithm or rank, unknown or missing tensors.
+        UserError: another algorithm, form or rank, unknown or missing tensors.
     """
     found = algorithm_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     if found is None:
@@ -211,6 +211,12 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
             where=where,
             remedy=f"use --dim_from_weights, or --network_module {type(in_file).__module__}",
         )
+    if in_file.structure != adapter.structure:
+        raise UserError(
+            f"{name} is {_in_words(in_file)} in the file and {_in_words(adapter)} in the network",
+            where=where,
+            remedy=_change_of_settings(in_file.structure, adapter.structure),
+        )
     if in_file.rank not in (adapter.rank, adapter.rank_in_files):
         raise UserError(
             f"{name} has rank {in_file.rank} in the file and {adapter.rank} in the network",
@@ -221,6 +227,19 @@ def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -
         adapter.load_tensors(tensors)
     except ValueError as error:
         raise UserError(f"{name}: {error}", where=where) from None
+
+
+def _in_words(adapter: Adapter) -> str:
+    return " with ".join([adapter.title, *([" and ".join(adapter.structure)] if adapter.structure else [])])
+
+
+def _change_of_settings(of_file: Mapping[str, str], of_network: Mapping[str, str]) -> str:
+    """The settings to give or leave out so that a network has a file's structure, where single ones say it."""
+    wanted = {setting for settings in of_file.values() for setting in settings.split()}
+    given = {setting for settings in of_network.values() for setting in settings.split()}
+    changes = [f"give {setting}" for setting in sorted(wanted - given)]
+    changes += [f"leave out {setting}" for setting in sorted(given - wanted)]
+    return f"use --dim_from_weights{', or ' if changes else ''}{' and '.join(changes)}"
 
 
 def save_tensors(
