@@ -4,20 +4,49 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, near_names
+from library.errors import UserError, attempt, near_names, raise_all
 from library.families.family import ModelFamily
 from library.text_files import read_toml
-from networks.building.rules import Rule, matches
-from networks.building.targets import Target
+from networks.building.rules import Rule, matches, matches_any
+from networks.building.targets import Part, Target
+from networks.core import arguments
 from networks.core.algorithms import algorithm
+from networks.core.arguments import Parser
 
 _ATTENTION = ("Attention", "CLIPAttention", "CLIPSdpaAttention")
 _OUTSIDE_BLOCKS = r"^unet\.(conv_in|conv_out|time_embedding\.linear_[12])$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a preset file calls layers by: one pattern, or a list of classes of which some may be other models'.
+
+    Attributes:
+        where: file and key, for sentences.
+        names: as the file has them.
+        patterns: the same as regular expressions of whole paths; none for classes.
+        classes: the names, where they are classes.
+        part: of the model that it is about; None for all.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    part: Part | None = None
+
+    def names_any(self, targets: Iterable[Target]) -> bool:
+        """Whether any of these layers is meant."""
+        return any(
+            self.part in (None, target.part)
+            and (any(name in target.inside for name in self.classes) or matches_any(self.patterns, target))
+            for target in targets
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +60,8 @@ class Preset:
         convolutions: larger kernels are meant, so that `conv_dim` follows `network_dim` where it is not given.
         exclude: patterns of layers that are left out.
         rules: settings of some of the layers.
+        chosen: of a file, what it chooses layers by; each has to name some. A built-in preset is for every model.
+        settings: of a file, what it leaves layers out by, and gives them settings by.
     """
 
     classes: tuple[str, ...] = ()
@@ -39,6 +70,8 @@ class Preset:
     convolutions: bool = False
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    chosen: tuple[Entry, ...] = ()
+    settings: tuple[Entry, ...] = ()
 
     def takes(self, target: Target, *, with_convolutions: bool) -> bool:
         """Whether a layer is chosen."""
@@ -85,7 +118,14 @@ _FILE_KEYS: Mapping[str, type] = {
     "module_algo_map": dict,
     "name_algo_map": dict,
 }
-_RULE_KEYS = {"algo": "algorithm", "dim": "rank", "alpha": "alpha"}
+_RULE_FIELDS = {"algo": "algorithm", "dim": "rank", "alpha": "alpha"}
+_RULE_PARSERS: Mapping[str, Parser] = {
+    "algo": arguments.as_is,
+    "dim": arguments.rank_or_none,
+    "alpha": arguments.not_negative,
+}
+_EITHER = "(unet|text_encoder)"
+_PARTS: Mapping[str, Part] = {"unet": "denoiser", "text_encoder": "text_encoder"}
 
 
 def find_preset(name: str, family: ModelFamily) -> Preset:
@@ -102,35 +142,66 @@ def find_preset(name: str, family: ModelFamily) -> Preset:
 
 
 def _preset_of_file(content: Mapping[str, Any], path: str) -> Preset:
-    """Names of the file's lists are matched from the path's beginning, as LyCORIS does it."""
+    """Names of the file's lists are matched from the path's beginning, as LyCORIS does it.
+
+    Raises:
+        UserErrors: everything that is wrong in the file, as far as it can be told without the model.
+    """
     where = f"--network_args preset {path}"
-    for key, value in content.items():
-        if key not in _FILE_KEYS:
-            raise UserError(f"unknown key '{key}'", where=where, remedy=near_names(key, _FILE_KEYS))
-        if not isinstance(value, _FILE_KEYS[key]):
-            raise UserError(f"{key} is {value!r}, not a {_FILE_KEYS[key].__name__}", where=where)
+    problems = [problem for key, value in content.items() for problem in _wrong_key(key, value, where)]
+    raise_all(problems)
     globs = content.get("use_fnmatch", False)
 
-    def patterns(names: list[str], part: str) -> tuple[str, ...]:
-        return tuple(_anchored(name, part, globs=globs, where=where) for name in names)
+    def entry(key: str, name: str, part: str) -> Entry | None:
+        place = f"{where}, {key}"
+        pattern = attempt(lambda: _anchored(name, part, globs=globs, where=place), problems)
+        return None if pattern is None else Entry(where=place, names=(name,), patterns=(pattern,), part=_PARTS.get(part))
 
-    by_name, by_class = content.get("name_algo_map", {}), content.get("module_algo_map", {})
-    return Preset(
-        classes=(*content.get("unet_target_module", ()), *content.get("text_encoder_target_module", ())),
-        patterns=(
-            *patterns(content.get("unet_target_name", []), "unet"),
-            *patterns(content.get("text_encoder_target_name", []), "text_encoder"),
-        ),
-        convolutions=content.get("enable_conv", True),
-        exclude=patterns(content.get("exclude_name", []), "(unet|text_encoder)"),
-        rules=(
-            *(
-                _rule(_anchored(name, "(unet|text_encoder)", globs=globs, where=where), "", settings, where)
-                for name, settings in by_name.items()
-            ),
-            *(_rule("", name, settings, where) for name, settings in by_class.items()),
-        ),
+    def listed(key: str, part: str) -> tuple[Entry, ...]:
+        entries = [entry(key, name, part) for name in content.get(key, [])]
+        return tuple(each for each in entries if each is not None)
+
+    def classes(key: str, part: str) -> tuple[Entry, ...]:
+        names = tuple(content.get(key, ()))
+        return (Entry(where=f"{where}, {key}", names=names, classes=names, part=_PARTS[part]),) if names else ()
+
+    chosen = (
+        *classes("unet_target_module", "unet"),
+        *classes("text_encoder_target_module", "text_encoder"),
+        *listed("unet_target_name", "unet"),
+        *listed("text_encoder_target_name", "text_encoder"),
     )
+    left_out = listed("exclude_name", _EITHER)
+    ruled: list[tuple[Entry, Any]] = [
+        (each, settings)
+        for name, settings in content.get("name_algo_map", {}).items()
+        if (each := entry("name_algo_map", name, _EITHER)) is not None
+    ]
+    ruled += [
+        (Entry(where=f"{where}, module_algo_map", names=(name,), classes=(name,)), settings)
+        for name, settings in content.get("module_algo_map", {}).items()
+    ]
+    rules = [attempt(lambda each=each, settings=settings: _rule(each, settings), problems) for each, settings in ruled]  # type: ignore[misc]
+    raise_all(problems)
+    return Preset(
+        classes=tuple(name for each in chosen for name in each.classes),
+        patterns=tuple(pattern for each in chosen for pattern in each.patterns),
+        convolutions=content.get("enable_conv", True),
+        exclude=tuple(pattern for each in left_out for pattern in each.patterns),
+        rules=tuple(rule for rule in rules if rule is not None),
+        chosen=chosen,
+        settings=(*left_out, *(each for each, _ in ruled)),
+    )
+
+
+def _wrong_key(key: str, value: Any, where: str) -> list[UserError]:
+    """What is wrong with a key of a file, or with the kind of its value."""
+    if key not in _FILE_KEYS:
+        return [UserError(f"unknown key '{key}'", where=where, remedy=near_names(key, _FILE_KEYS))]
+    if not isinstance(value, _FILE_KEYS[key]):
+        return [UserError(f"{key} is {value!r}, not a {_FILE_KEYS[key].__name__}", where=where)]
+    strange = [each for each in value if not isinstance(each, str)] if isinstance(value, list) else []
+    return [UserError(f"{key} holds {each!r}, which is no name", where=where) for each in strange]
 
 
 def _anchored(name: str, part: str, *, globs: bool, where: str) -> str:
@@ -142,18 +213,36 @@ def _anchored(name: str, part: str, *, globs: bool, where: str) -> str:
     return rf"^{part}\.(?:{pattern})"
 
 
-def _rule(pattern: str, inside: str, settings: Any, where: str) -> Rule:
-    """The rule of one entry: algo, dim, alpha, and arguments of the algorithm."""
-    where = f"{where}, {inside or pattern}"
+def _rule(entry: Entry, settings: Any) -> Rule:
+    """The rule of one entry: algo, dim, alpha, and arguments of the algorithm.
+
+    Raises:
+        UserErrors: all that is wrong with the settings.
+    """
+    where = f"{entry.where}.{entry.names[0]}"
     if not isinstance(settings, Mapping):
         raise UserError(f"is {settings!r}, not a table of settings", where=where)
     chosen = algorithm(str(settings["algo"]), where=where) if "algo" in settings else None
+    if chosen is not None and chosen.norms:
+        raise UserError("norms are not chosen by pattern", where=where, remedy="use train_norm=True")
     known = chosen.arguments | chosen.training_arguments if chosen is not None else {}
-    options = {}
+    options, found, problems = {}, {}, []
     for key, value in settings.items():
+        parser = known.get(key) or _RULE_PARSERS.get(key)
+        if parser is None:
+            remedy = near_names(key, [*_RULE_PARSERS, *known])
+            problems.append(UserError(f"unknown key '{key}'", where=where, remedy=remedy))
+            continue
+        try:
+            parsed = parser(str(value), key)
+        except UserError as error:
+            problems.append(UserError(error.what, where=f"{where}, {key}", remedy=error.remedy))
+            continue
         if key in known:
-            options[key] = known[key](str(value), key)
-        elif key not in _RULE_KEYS:
-            raise UserError(f"unknown key '{key}'", where=where, remedy=near_names(key, [*_RULE_KEYS, *known]))
-    found: dict[str, Any] = {_RULE_KEYS[key]: value for key, value in settings.items() if key in _RULE_KEYS}
+            options[key] = parsed
+        else:
+            found[_RULE_FIELDS[key]] = parsed
+    raise_all(problems)
+    pattern = entry.patterns[0] if entry.patterns else ""
+    inside = entry.classes[0] if entry.classes else ""
     return Rule(pattern=pattern, where=where, inside=inside, options=options, **found)

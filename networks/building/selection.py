@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import UserError, near_names, raise_all
+from library.errors import UserError, near_names, raise_all, some_names
 from library.families.family import ModelFamily
-from networks.building.presets import Preset, find_preset
+from networks.building.presets import Entry, Preset, find_preset
 from networks.building.rules import Rule, full_path, matches, matches_any
 from networks.building.targets import Target
 from networks.core import arguments
 from networks.core.algorithms import algorithm
 from networks.core.arguments import Parser
+
+logger = logging.getLogger(__name__)
 
 SELECTION_ARGUMENTS: dict[str, Parser] = {
     "preset": arguments.as_is,
@@ -56,6 +59,7 @@ class Selection:
             UserErrors: every pattern that matches no layer, with near names.
         """
         layers = [target for target in targets if self.norms or not target.spec.is_norm]
+        raise_all(_naming_nothing(self.preset.chosen, layers))
         of_preset = [target for target in layers if self.preset.takes(target, with_convolutions=with_convolutions)]
         if not of_preset:
             raise UserError(
@@ -74,13 +78,20 @@ class Selection:
 
     def _check_patterns(self, layers: Sequence[Target], of_preset: Sequence[Target]) -> None:
         taken = [*of_preset, *(target for target in layers if matches_any(self.include, target))]
+        of_file = _naming_nothing(self.preset.settings, taken)
+        if len({target.part for target in layers}) == 1:
+            # What names nothing may be about the part that is not there.
+            for problem in of_file:
+                logger.warning("%s", problem)
+            of_file = []
         given = [
             *((pattern, "include_patterns", layers) for pattern in self.include),
             *((pattern, "exclude_patterns", of_preset) for pattern in self.exclude),
             *((rule.pattern, rule.where, taken) for rule in self.rules if rule not in self.preset.rules),
         ]
         raise_all(
-            [
+            of_file
+            + [
                 UserError(
                     f"'{pattern}' matches none of the {len(targets)} layers",
                     where=f"--network_args {name}",
@@ -90,6 +101,24 @@ class Selection:
                 if not any(matches(pattern, target) for target in targets)
             ]
         )
+
+
+def _naming_nothing(entries: Iterable[Entry], targets: Sequence[Target]) -> list[UserError]:
+    """A sentence for each entry of a preset file that names none of the layers, though its part is there."""
+    parts = {target.part for target in targets}
+    return [
+        UserError(
+            f"{some_names([repr(name) for name in entry.names])} {'match' if len(entry.names) > 1 else 'matches'} "
+            f"none of the {len(targets)} layers",
+            where=entry.where,
+            remedy=near_names(
+                _last_word(entry.names[0]),
+                {name for target in targets for name in target.inside} if entry.classes else _words(targets),
+            ),
+        )
+        for entry in entries
+        if (entry.part is None or entry.part in parts) and not entry.names_any(targets)
+    ]
 
 
 def _words(targets: Iterable[Target]) -> list[str]:

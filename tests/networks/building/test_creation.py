@@ -63,10 +63,10 @@ def test_what_means_nothing_is_said(caplog, sd1, module, settings, expected):
 
 def test_blocks_of_another_size_are_said_once(caplog, sd1):
     network = oft.create_network(1.0, 7, None, None, None, sd1.unet)
-    sizes = sorted({adapter.rank for _, adapter in network.items()})
+    sizes, count = sorted({adapter.rank for _, adapter in network.items()}), len(network.targets)
     assert 7 not in sizes
     assert caplog.messages == [
-        f"OFT: {len(network.targets)} of {len(network.targets)} layers have blocks of {' or '.join(map(str, sizes))} outputs "
+        f"OFT: {count} of {count} layers have blocks of {' or '.join(map(str, sizes))} outputs "
         "instead of 7, which does not split their width so"
     ]
 

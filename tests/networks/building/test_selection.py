@@ -127,6 +127,8 @@ def test_wrong_selections_are_one_sentence(sd1, network_args, sentence):
         make(sd1, **network_args)
 
 
+TAKES = 'unet_target_module = ["Attention"]\n'
+
 PRESET_FILE = """
 enable_conv = true
 unet_target_module = ["Transformer2DModel"]
@@ -174,7 +176,30 @@ def test_globs_in_a_preset_file(sd1, tmp_path):
         ('[name_algo_map.to_k]\nalgo = "lora"\ndimm = 4', "unknown key 'dimm'; did you mean dim"),
         ('[name_algo_map.to_k]\nalgo = "lorra"', "'lorra' is no algorithm; did you mean lora"),
         ("unet_target_name = [", "is not valid TOML"),
-        ('unet_target_name = ["nothing"]', "the preset chooses none of the model's"),
+        ('exclude_name = ["conv_in"]', "the preset chooses none of the model's"),
+        (
+            'unet_target_name = ["conv_in", "nothing.*"]',
+            r"unet_target_name: 'nothing\.\*' matches none of the \d+ layers; known",
+        ),
+        ('unet_target_name = ["conv_inn"]', r"'conv_inn' matches none of the \d+ layers; did you mean conv_in"),
+        ("unet_target_name = [3]", "unet_target_name holds 3, which is no name"),
+        ('unet_target_module = ["Attentio", "DiTBlock"]', "'Attentio', 'DiTBlock' match none of .*; did you mean Attention"),
+        (TAKES + 'exclude_name = ["zzz"]', "exclude_name: 'zzz' matches none of the"),
+        (TAKES + "[module_algo_map.Attentio]\ndim = 2", "'Attentio' matches none of .*; did you mean Attention"),
+        (
+            TAKES + '[module_algo_map.Attention]\nalgo = "lora"\ndim = 2.5',
+            "map.Attention, dim: '2.5' is not a whole number of 0",
+        ),
+        (TAKES + '[module_algo_map.Attention]\ndim = "abc"', "module_algo_map.Attention, dim: 'abc' is not a number"),
+        (TAKES + '[module_algo_map.Attention]\nalpha = "x"', "module_algo_map.Attention, alpha: 'x' is not a number"),
+        (TAKES + "[module_algo_map.Attention]\nalpha = -1", "module_algo_map.Attention, alpha: '-1' is not 0 or more"),
+        (TAKES + '[module_algo_map.Attention]\nalgo = "norm"', "norms are not chosen by pattern; use train_norm=True"),
+        (TAKES + '[module_algo_map.Attention]\nalgo = "lora"\ndora_wd = 7', "Attention, dora_wd: '7' is not True or False"),
+        (
+            TAKES + '[name_algo_map."down_blocks.*to_kk"]\ndim = 2',
+            r"'down_blocks\.\*to_kk' matches none .*; did you mean to_k",
+        ),
+        (TAKES + '[name_algo_map."attn"]\ndim = "abc"', "name_algo_map.attn, dim: 'abc' is not a number"),
     ],
 )
 def test_wrong_preset_files_are_one_sentence(sd1, tmp_path, content, sentence):
@@ -182,6 +207,32 @@ def test_wrong_preset_files_are_one_sentence(sd1, tmp_path, content, sentence):
     file.write_text(content)
     with pytest.raises(UserError, match=sentence):
         make(sd1, preset=str(file))
+
+
+def test_every_mistake_in_a_preset_file_is_told_at_once(sd1, tmp_path):
+    file = tmp_path / "wrong.toml"
+    file.write_text(
+        'unet_target_name = ["(", ")"]\n[name_algo_map."to_k"]\ndim = "x"\nalpha = "y"\n[module_algo_map]\nA = 3'
+    )
+    with pytest.raises(UserErrors) as caught:
+        make(sd1, preset=str(file))
+    assert len(str(caught.value).splitlines()) == 5
+
+
+def test_a_list_of_classes_may_have_other_models_classes(sd1, tmp_path):
+    file = tmp_path / "many.toml"
+    file.write_text('unet_target_module = ["HunYuanDiTBlock", "Attention", "WanAttentionBlock"]')
+    assert kinds(make(sd1, preset=str(file))) == ATTENTION
+
+
+def test_a_preset_file_may_be_about_a_part_that_is_not_trained(sd1, tmp_path, caplog):
+    file = tmp_path / "both.toml"
+    lists = TAKES + 'text_encoder_target_module = ["CLIPMLP"]\ntext_encoder_target_name = [".*q_proj"]\n'
+    file.write_text(lists + '[name_algo_map.".*fc1"]\ndim = 2')
+    network = lora.create_network(1.0, 4, 2, None, None, sd1.unet, preset=str(file))
+    assert kinds(network) == ATTENTION
+    assert len(caplog.messages) == 1
+    assert "name_algo_map: '.*fc1' matches none of the" in caplog.text
 
 
 def test_a_missing_preset_file_is_named(sd1):
