@@ -63,7 +63,8 @@ def one_alpha_for_each_part(header: Header, layers: Layers, effects: Effects) ->
     for is_text in (True, False):
         taken = [layer for name, layer in layers.items() if effects[name] is not Effect.DROPPED]
         part = [layer for layer in taken if is_text_encoder(layer.name) is is_text]
-        alphas = {layer.name: header.scalars[layer.keys["alpha"]] for layer in part if "alpha" in layer.keys}
+        keys = {layer.name: layer.keys["alpha"] for layer in part if "alpha" in layer.keys}
+        alphas = {name: header.scalars[key] for name, key in keys.items() if key in header.scalars}
         if not alphas:
             continue
         common = Counter(alphas.values()).most_common(1)[0][0]

@@ -104,6 +104,13 @@ class Reading:
         )
 
 
+_NOBODYS: Mapping[Trait, Verdict] = {
+    Trait.STRANGE_LAYER: Verdict(Effect.DROPPED),
+    Trait.MISFIT: Verdict(Effect.REFUSED),
+}
+"""Verdicts that all programs share."""
+
+
 def verdict_of(reader: Reader, traits: Sequence[Trait]) -> tuple[Trait | None, Verdict]:
     """The worst of a reader's verdicts about a layer's traits, and the trait that it is about.
 
@@ -112,7 +119,7 @@ def verdict_of(reader: Reader, traits: Sequence[Trait]) -> tuple[Trait | None, V
     order = list(Effect)
     worst: tuple[Trait | None, Verdict] = None, Verdict(Effect.RIGHT)
     for place, trait in enumerate(traits):
-        verdict = reader.verdicts.get(trait)
+        verdict = _NOBODYS.get(trait) or reader.verdicts.get(trait)
         if verdict is not None and order.index(verdict.effect) > order.index(worst[1].effect):
             worst = trait, verdict
             if place == 0 and verdict.effect is Effect.DROPPED:

@@ -43,9 +43,11 @@ class Trait(StrEnum):
     OMI_NAME = "OMI's names"
     EMBEDDING = "an embedding in the file (bundle_emb)"
     UNKNOWN_NAME = "names of no known layout"
+    STRANGE_LAYER = "layers that the models have not"
     FINAL_NORM = "conv_norm_out"
     TEXT_NORM = "a norm in the text encoder"
     # What it is made of
+    MISFIT = "tensors that do not go together"
     LORA = "LoRA"
     TUCKER = "LoRA in Tucker form"
     AB_TENSORS = "lora_A and lora_B under kohya's names"
@@ -188,6 +190,8 @@ def file_layers(header: Header) -> dict[str, FileLayer]:
         shapes = {tensor: tuple(header.shapes[key]) for tensor, key in of_layer.items()}
         scalars = {tensor: header.scalars[key] for tensor, key in of_layer.items() if key in header.scalars}
         of_name = name_trait(name)
+        if of_name is Trait.KOHYA_NAME and layer_names(header.family).find(name) is None:
+            of_name = Trait.STRANGE_LAYER
         content = [] if of_name is Trait.EMBEDDING else list(_made_of(name, shapes, scalars, header.family))
         if scales and _is_scaled(name, shapes, scales, header.family):
             content.append(Trait.METADATA_ALPHA)
@@ -283,6 +287,8 @@ def _made_of(name: str, shapes: Mapping[str, Shape], scalars: Mapping[str, float
     if found is Trait.OFT and axes["oft_blocks"] == 4:
         found = Trait.BOFT
     yield found
+    if _misfits(shapes):
+        yield Trait.MISFIT
     yield from _dora_traits(found, shapes)
     has_alpha = "alpha" in shapes
     old = found is Trait.GLORA_OLD
@@ -327,6 +333,17 @@ def _shape_traits(name: str, axes: int, family: ModelFamily) -> Iterator[Trait]:
             yield Trait.FLAT_KERNEL
     elif _PROJECTION.search(name) and "attentions" in name and (axes == 2) is not family.linear_projections:
         yield Trait.OTHER_PROJECTION
+
+
+def _misfits(shapes: Mapping[str, Shape]) -> bool:
+    """Whether a layer's tensors cannot be meant together: an alpha of several numbers, factors of different or no ranks."""
+    alpha, down, up = (shapes.get(tensor) for tensor in ("alpha", "lora_down.weight", "lora_up.weight"))
+    if alpha is not None and any(size != 1 for size in alpha):
+        return True
+    if down is None or up is None:
+        return (down is not None or up is not None) and "diff" in shapes
+    ranks = shapes.get("lora_mid.weight", (down[0], down[0]))[:2]
+    return len(down) < 2 or len(up) < 2 or ranks != (up[1], down[0]) or not all(ranks)
 
 
 def is_old_glora(shapes: Mapping[str, Shape]) -> bool:

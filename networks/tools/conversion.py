@@ -21,6 +21,7 @@ from networks.core.algorithms import algorithm, algorithm_of
 from networks.core.products import balanced_factors, norm_of_difference, norm_of_product, rank_within, svd
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import adapter_of_layer, spec_of_tensors
+from networks.formats.layer_names import layer_names
 from networks.formats.reader_rules import ATTENTION, text_attention
 from networks.formats.reading import Effect, Reader, verdict_of
 from networks.formats.traits import Header, file_layers, is_scalar
@@ -61,8 +62,13 @@ class SourceLayer:
         """Make sense of a layer's tensors.
 
         Raises:
-            LayerError: values that are not finite, tensors of no known algorithm, or of another model than the base.
+            LayerError: a layer that the models have not, values that are not finite, tensors of no known algorithm, or of
+                another model than the base.
         """
+        if layer_names(family).find(name) is None:
+            raise LayerError(
+                f"is no layer of {family.title}", where=name, remedy="give an adapter whose layers the models have"
+            )
         bad = [tensor for tensor, value in tensors.items() if tensor != "alpha" and not is_finite(value)]
         if bad:
             raise LayerError(f"has values that are not finite in {some_names(bad, 3)}", where=name)

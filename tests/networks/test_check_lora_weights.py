@@ -147,3 +147,28 @@ def test_wrong_files_are_refused_in_a_sentence(tiny_sd1_file, tmp_path):
 
 def test_a_table_is_as_wide_as_its_widest_cells():
     assert table([("a", "1"), ("bbb", "22")], ("x", "y")) == ["x     y", "a     1", "bbb  22"]
+
+
+FAULTS = {
+    "a layer that no model has": (
+        "drops 1 of",
+        {"lora_unet_xx_0_to_k": {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)}},
+    ),
+    "an alpha of two numbers": ("would refuse it (tensors that do not go together)", {"": {"alpha": (2,)}}),
+    "no rank": ("would refuse it (tensors that do", {"": {"lora_down.weight": (0, 32), "lora_up.weight": (32, 0)}}),
+    "two ranks": ("would refuse it (tensors that do", {"": {"lora_down.weight": (3, 32)}}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_no_program_can_use_is_read_rightly_by_none(fault, lora, tmp_path, capsys):
+    sentence, changes = FAULTS[fault]
+    tensors = load_file(lora)
+    first = next(iter(tensors)).partition(".")[0]
+    for layer, shapes in changes.items():
+        tensors |= {f"{layer or first}.{name}": torch.rand(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "faulty.safetensors", {"ss_base_model_version": "sd_v1"})
+    _, lines = checked(capsys, tmp_path / "faulty.safetensors")
+    last = lines[-1]
+    assert last.startswith("read rightly by none of the programs known here")
+    assert f"ComfyUI {sentence}" in last
