@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from library.checkpoints.metadata import ModelDescription, modelspec_metadata
 from library.checkpoints.model_writing import config_metadata, plan_single_file
 from library.checkpoints.parts import PART_TITLES, PARTS, SHOWN, ModelPart, same_up_to_ones
 from library.checkpoints.tensor_files import open_tensor_file
-from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
+from library.checkpoints.tensor_writing import PlannedTensor, with_progress, write_tensors
 from library.errors import UserError, counted, raise_all, some_names
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def merge_models(models: Sequence[BaseModelFiles], options: MergeOptions, *, pro
         **config_metadata(first, planned),
         RECIPE_KEY: json.dumps(_recipe(models, options)),
     }
-    write_tensors(options.target, _counted(planned, progress), metadata, add_hashes=True)
+    write_tensors(options.target, with_progress(planned, progress), metadata, add_hashes=True)
     _check_written(options.target, first, planned)
     return change
 
@@ -213,22 +213,6 @@ def _recipe(models: Sequence[BaseModelFiles], options: MergeOptions) -> dict[str
         "parts": list(options.parts),
         "precision": options.precision,
     }
-
-
-def _counted(planned: Mapping[str, PlannedTensor], progress: Progress) -> dict[str, PlannedTensor]:
-    done = 0
-
-    def counting(tensor: PlannedTensor) -> PlannedTensor:
-        def make() -> Tensor:
-            nonlocal done
-            made = tensor.make()
-            done += 1
-            progress(done, len(planned))
-            return made
-
-        return replace(tensor, make=make)
-
-    return {key: counting(tensor) for key, tensor in planned.items()}
 
 
 def _check_written(target: Path, first: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> None:

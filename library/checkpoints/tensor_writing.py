@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,23 @@ class PlannedTensor:
     @property
     def size(self) -> int:
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def with_progress(planned: Mapping[str, PlannedTensor], progress: Callable[[int, int], object]) -> dict[str, PlannedTensor]:
+    """The same tensors, which tell (made so far, in all) as they are made."""
+    done = 0
+
+    def counting(tensor: PlannedTensor) -> PlannedTensor:
+        def make() -> Tensor:
+            nonlocal done
+            made = tensor.make()
+            done += 1
+            progress(done, len(planned))
+            return made
+
+        return replace(tensor, make=make)
+
+    return {key: counting(tensor) for key, tensor in planned.items()}
 
 
 def write_tensors(

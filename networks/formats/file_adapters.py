@@ -13,7 +13,7 @@ from library.families.detect import family_of_adapter, family_of_checkpoint
 from library.families.family import ModelFamily
 from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import algorithm, algorithm_of
-from networks.formats.files import adapter_metadata
+from networks.formats.files import adapter_metadata, unknown_tensors
 from networks.formats.keys import ignored_keys, kohya_key, split_key, to_kohya
 from networks.formats.traits import holds_adapter, is_old_glora
 
@@ -99,7 +99,7 @@ def adapter_of_layer(name: str, tensors: LayerTensors, spec: LayerSpec) -> Adapt
     """
     found = algorithm_of({tensor: tuple(value.shape) for tensor, value in tensors.items()})
     if found is None:
-        raise ValueError(f"{name} is of no known algorithm (its tensors are {', '.join(tensors)})")
+        raise ValueError(unknown_tensors(tensors))
     return algorithm(found).adapter.from_tensors(spec, tensors)
 
 

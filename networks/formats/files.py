@@ -182,14 +182,19 @@ def match_layers(adapter: AdapterFile, names: Collection[str]) -> LoadReport:
     )
 
 
+def unknown_tensors(tensors: Iterable[str]) -> str:
+    """What is wrong with a layer whose tensors are no algorithm's: "has lora_up.weight without lora_down.weight"."""
+    own = list(tensors)
+    for half, other in (("lora_down.weight", "lora_up.weight"), ("lora_up.weight", "lora_down.weight")):
+        if half in own:
+            return f"has {half} without {other}"
+    return f"is of no known algorithm (its tensors are {', '.join(own)})"
+
+
 def unknown_algorithm(name: str, tensors: Iterable[str], where: str) -> UserError:
     """The mistake of a layer whose tensors are no algorithm's."""
-    own = list(tensors)
-    halves = {"lora_down.weight": "lora_up.weight", "lora_up.weight": "lora_down.weight"}
-    for half, other in halves.items():
-        if half in own:
-            return UserError(f"{name} has {half} without {other}", where=where, remedy="the file is not whole")
-    return UserError(f"{name} is of no known algorithm (its tensors are {', '.join(own)})", where=where)
+    what = unknown_tensors(tensors)
+    return UserError(f"{name} {what}", where=where, remedy="the file is not whole" if "without" in what else None)
 
 
 def load_layer(adapter: Adapter, tensors: LayerTensors, name: str, where: str) -> None:

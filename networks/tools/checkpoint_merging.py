@@ -11,9 +11,9 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
 from library.checkpoints.model_writing import config_metadata, counters_of, plan_single_file, write_folder
 from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, UNET
-from library.checkpoints.tensor_writing import PlannedTensor, write_tensors, write_torch_file
+from library.checkpoints.tensor_writing import with_progress, write_tensors, write_torch_file
 from library.errors import UserError, counted
 from networks.core.adapter import Adapter
 from networks.formats.base_weights import BaseWeights
@@ -266,28 +266,12 @@ def _write_file(
     progress: Progress,
 ) -> None:
     planned = plan_single_file(model, dtype=options.saved, change=change, from_headers=True)
-    written = _counted(planned, progress)
+    written = with_progress(planned, progress)
     if options.target.suffix in _PYTORCH:
         write_torch_file(options.target, written, counters_of(model))
     else:
         metadata = {**_metadata(model, sources, options), **config_metadata(model, planned)}
         write_tensors(options.target, written, metadata)
-
-
-def _counted(planned: Mapping[str, PlannedTensor], progress: Progress) -> dict[str, PlannedTensor]:
-    done = 0
-
-    def counting(tensor: PlannedTensor) -> PlannedTensor:
-        def make() -> Tensor:
-            nonlocal done
-            made = tensor.make()
-            done += 1
-            progress(done, len(planned))
-            return made
-
-        return replace(tensor, make=make)
-
-    return {key: counting(tensor) for key, tensor in planned.items()}
 
 
 def _write_folder(model: BaseModelFiles, change: MergedWeights, options: CheckpointMerge, progress: Progress) -> None:

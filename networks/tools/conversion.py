@@ -21,6 +21,7 @@ from networks.core.algorithms import algorithm, algorithm_of
 from networks.core.products import balanced_factors, norm_of_difference, norm_of_product, rank_within, svd
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import adapter_of_layer, spec_of_tensors
+from networks.formats.files import unknown_tensors
 from networks.formats.layer_names import layer_names
 from networks.formats.reader_rules import ATTENTION, text_attention
 from networks.formats.reading import Effect, Reader, verdict_of
@@ -69,6 +70,8 @@ class SourceLayer:
             raise LayerError(
                 f"is no layer of {family.title}", where=name, remedy="give an adapter whose layers the models have"
             )
+        if algorithm_of({tensor: tuple(value.shape) for tensor, value in tensors.items()}) is None:
+            raise LayerError(unknown_tensors(tensors), where=name)
         bad = [tensor for tensor, value in tensors.items() if tensor != "alpha" and not is_finite(value)]
         if bad:
             raise LayerError(f"has values that are not finite in {some_names(bad, 3)}", where=name)
