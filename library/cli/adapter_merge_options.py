@@ -225,7 +225,7 @@ def _target_problems(given: ParsedOptions, *, folder: bool) -> list[UserError]:
 
 
 def _inputs(given: ParsedOptions) -> tuple[MergeInput, ...]:
-    from networks.tools.block_weights import read_block_weights
+    from library.families.block_weights import read_block_weights
     from networks.tools.merge_sources import MergeInput
 
     models = given["models"] or ()

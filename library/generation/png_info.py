@@ -97,6 +97,7 @@ def read_recipe(path: Path) -> tuple[ImageRequest, dict[str, Any]]:
         raise UserError("holds no recipe", where=str(path), remedy="give a PNG that gen_img_diffusers.py has written")
     try:
         content = json.loads(text)
-        return ImageRequest(**content["image"]), content["made_with"]
+        image = {name: tuple(value) if isinstance(value, list) else value for name, value in content["image"].items()}
+        return ImageRequest(**image), content["made_with"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"holds a recipe that cannot be read ({error})", where=str(path)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from library.errors import UserError, raise_all
@@ -17,14 +18,31 @@ MAX_SEED = 2**63 - 1
 class ImageRequest:
     """One picture: the same request gives the same picture, whatever else is made along with it.
 
+    Every field is text, a number or a tuple of them, so that a PNG's recipe holds a request whole.
+
     Attributes:
-        prompt, negative_prompt: text with A1111 weights.
+        prompt, negative_prompt: text with A1111 weights; tags of adapters act in the prompt alone.
+        extended: read `AND` and `BREAK` in the texts; previews of training do not, as in sd-scripts.
+        lora_tag_style: a name of `lora_tags.STYLES`: what numbers at places in a tag mean.
+        network_strengths: of the adapters of the command line, one each; empty for those given there.
         width, height: pixels, multiples of 8, 64 at least.
         seed: of all noise of this picture, 0 to 2**63 - 1.
         steps: of the sampler, 1 to 1000.
         scale: of classifier-free guidance; 1 and less is without, and then the negative prompt has no effect.
+        negative_scale: of the negative prompt, where it is guided away from by a scale of its own.
+        guidance_rescale: 0 to 1, how much guided predictions are brought back to the spread of unguided ones
+            (arXiv:2305.08891, eq. 15 and 16).
         sampler: a name of `samplers.SAMPLERS`.
         clip_skip: the text encoder's layer, counted from its end; None and 1 are the last.
+        image: file to begin from; None begins from noise.
+        strength: 0 to 1, how much of an image is drawn anew.
+        mask: file, white where an image is drawn anew; None for everywhere.
+        regions: file whose colours say which sub-prompt counts where; None for all everywhere.
+        region_colors: read `regions` as that many colour codes; None reads sub-prompts 1 to 3 in red, green and blue.
+        highres_scale: size of a first stage, as a share; None draws in one stage.
+        highres_steps: of the first stage.
+        highres_latents: enlarge its latents, and not its picture.
+        control_images: files, one for each ControlNet.
 
     Raises:
         UserError: a value out of its range; all of them at once.
@@ -32,13 +50,27 @@ class ImageRequest:
 
     prompt: str
     negative_prompt: str = ""
+    extended: bool = True
+    lora_tag_style: str = "sdnext"
+    network_strengths: tuple[float, ...] = ()
     width: int = 512
     height: int = 512
     seed: int
     steps: int = 50
     scale: float = 7.5
+    negative_scale: float | None = None
+    guidance_rescale: float = 0.0
     sampler: str = "ddim"
     clip_skip: int | None = None
+    image: str | None = None
+    strength: float = 0.8
+    mask: str | None = None
+    regions: str | None = None
+    region_colors: int | None = None
+    highres_scale: float | None = None
+    highres_steps: int = 28
+    highres_latents: bool = False
+    control_images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [
@@ -46,12 +78,19 @@ class ImageRequest:
             for side, value in (("width", self.width), ("height", self.height))
             if value < MIN_SIZE or value % LATENT_FACTOR
         ]
-        if not 1 <= self.steps <= MAX_STEPS:
-            problems.append(UserError(f"{self.steps} steps", remedy=f"give 1 to {MAX_STEPS}"))
-        if not 0 <= self.seed <= MAX_SEED:
-            problems.append(UserError(f"{self.seed} is not a seed", remedy=f"give 0 to {MAX_SEED}"))
-        if self.clip_skip is not None and self.clip_skip < 1:
-            problems.append(UserError(f"clip skip {self.clip_skip}", remedy="give 1 or more"))
+        ranges = (
+            (f"{self.steps} steps", self.steps, 1, MAX_STEPS),
+            (f"seed {self.seed}", self.seed, 0, MAX_SEED),
+            (f"strength {self.strength}", self.strength, 0, 1),
+            (f"guidance rescale {self.guidance_rescale}", self.guidance_rescale, 0, 1),
+            (f"{self.highres_steps} steps of the first stage", self.highres_steps, 1, MAX_STEPS),
+            (f"clip skip {self.clip_skip}", 1 if self.clip_skip is None else self.clip_skip, 1, math.inf),
+            (f"a first stage of {self.highres_scale}", 1 if self.highres_scale is None else self.highres_scale, 0.05, 1),
+        )
+        for what, value, least, most in ranges:
+            if not least <= value <= most:
+                remedy = f"give {least} or more" if most == math.inf else f"give {least} to {most}"
+                problems.append(UserError(f"{what} is out of range", remedy=remedy))
         try:
             find_sampler(self.sampler)
         except UserError as error:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, attempt, counted, raise_all, some_names
+from library.families.block_weights import place_of
 from library.families.family import ModelFamily
 from networks.formats.file_adapters import FileLayers, family_of_adapter_file
 from networks.formats.layer_names import layer_names
-from networks.tools.block_weights import place_of
 
 if TYPE_CHECKING:
     from library.checkpoints.tensor_places import TensorFile

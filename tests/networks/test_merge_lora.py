@@ -23,12 +23,12 @@ from library.checkpoints.parts import PARTS
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.cli.doors import run_door
+from library.families.block_weights import PLACES, place_of, read_block_weights
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import stream_layers
 from networks.merge_lora import work
-from networks.tools.block_weights import PLACES, place_of, read_block_weights
 from networks.tools.conversion import SourceLayer
 from tests.support.command_lines import ENVIRONMENT, ROOT, Finished, assert_refused, run_script
 from tests.support.tiny_models import build_tiny_parts

@@ -1,4 +1,4 @@
-"""Block weights of a merge (`--lbws`): one factor for each of 26 places of a model.
+"""Block weights (`--lbws`, `lbw=` in prompts): one factor for each of 26 places of a model.
 
 The places are BASE (text encoders), IN00 to IN11, MID, OUT00 to OUT11. Shorter lists name some of them, the others keep 1:
 12 and 20 values are the places that SDXL has, 17 those of SD1 and SD2 with attention. Names stand for lists of 17, as web
@@ -48,13 +48,16 @@ PRESETS: Mapping[str, str] = {
 """Name -> a digit for each place of the layout of 17."""
 
 
-def read_block_weights(text: str) -> tuple[float, ...]:
+def read_block_weights(text: str, *, where: str | None = None) -> tuple[float, ...]:
     """26 factors from a JSON list, or a name in `PRESETS`.
+
+    Args:
+        where: how a sentence names the text; `--lbws` without it.
 
     Raises:
         UserError: another number of values, something that is no number, or an unknown name.
     """
-    where = f"--lbws {text}"
+    where = where or f"--lbws {text}"
     if not text.lstrip().startswith("["):
         if text.strip().upper() not in PRESETS:
             remedy = f"{near_names(text.strip().upper(), PRESETS)}; or give a JSON list of 12, 17, 20 or 26 numbers"
