@@ -357,3 +357,24 @@ def is_old_glora(shapes: Mapping[str, Shape]) -> bool:
     newer = a1[1] == a2[0] == b1[1] == b2[0]
     older = a1[0] == a2[1] == b1[0] == b2[1]
     return older and (not newer or a1[0] < a1[1])
+
+
+_RANK_AXES: tuple[tuple[str, int], ...] = (  # the first tensor of these that a layer has shows its rank along that axis
+    ("lora_down.weight", 0),
+    ("lora_A.weight", 0),
+    ("hada_w1_b", 0),
+    ("lokr_w2_b", 0),
+    ("lokr_w1_b", 0),
+)
+
+
+def rank_by_shapes(shapes: Mapping[str, Shape]) -> int:
+    """The rank of a layer, or the size of its blocks where it is rotated; 0 where it has neither.
+
+    Args:
+        shapes: of its tensors, in kohya's words.
+    """
+    for tensor, axis in (*_RANK_AXES, ("b1.weight", 0 if is_old_glora(shapes) else 1), ("oft_blocks", -1), ("oft_diag", -1)):
+        if shapes.get(tensor):
+            return shapes[tensor][axis]
+    return 0

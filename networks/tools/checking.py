@@ -16,6 +16,7 @@ from torch import Tensor
 
 from library.errors import counted, some_names
 from library.families.family import ModelFamily
+from library.tables import table
 from networks.core.products import effective_rank
 from networks.formats.file_adapters import adapter_of_layer, spec_of_tensors, stream_layers
 from networks.formats.layer_names import layer_names
@@ -235,18 +236,6 @@ def _range(values: Iterable[float], digits: int | None = None) -> str:
     """ "4", "4 to 8", "-"."""
     shown = list(dict.fromkeys(f"{value:g}" if digits is None else f"{value:.{digits}f}" for value in sorted(values)))
     return "-" if not shown else shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
-
-
-def table(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> list[str]:
-    """Columns as wide as their widest cell; the first on the left, the others on the right."""
-    widths = [max(len(row[place]) for row in (titles, *rows)) for place in range(len(titles))]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (titles, *rows)
-    ]
 
 
 def _difference_lines(measures: Sequence[LayerMeasure]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from library.families.sd1 import SD1
 from networks.check_lora_weights import work
-from networks.tools.checking import measure_layer, table
+from networks.tools.checking import measure_layer
 from tests.support.command_lines import assert_refused, run_script
 from tests.support.tiny_models import build_tiny_parts
 
@@ -143,10 +143,6 @@ def test_wrong_files_are_refused_in_a_sentence(tiny_sd1_file, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors at all, only words")
     assert_refused(run_script(script, tmp_path / "text.safetensors"), "is a text file, not a tensor file")
     assert_refused(run_script(script, tiny_sd1_file), "is a Stable Diffusion 1.x checkpoint, not an adapter")
-
-
-def test_a_table_is_as_wide_as_its_widest_cells():
-    assert table([("a", "1"), ("bbb", "22")], ("x", "y")) == ["x     y", "a     1", "bbb  22"]
 
 
 FAULTS = {
