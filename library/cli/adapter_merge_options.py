@@ -40,8 +40,8 @@ _MODELS = (
     Option(
         name="lbws",
         many=True,
-        help='block weights for each adapter: a JSON list of 12, 17, 20 or 26 numbers ("[1,0,...]") for BASE, IN, MID, OUT, '
-        "or NONE, ALL, INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL; they multiply the ratios",
+        help='block weights for each adapter: a list of 12, 17, 20 or 26 numbers ("1,0,...") for BASE, IN, MID, OUT, or one '
+        "number for all, or NONE, ALL, INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL, ALL0.5; they multiply the ratios",
     ),
 )
 _SAVING = (

@@ -87,20 +87,22 @@ class AdapterStrength:
     @property
     def is_nothing(self) -> bool:
         """Whether it is 0 everywhere at every step."""
-        values = (self.text_encoder, self.inputs, self.middle, self.outputs)
-        return not any(value for each in values for _, value in each.points)
+        weights = self.block_weights or (1.0,) * len(PLACES)
+        return not any(
+            value for name, weight in zip(PLACES, weights, strict=True) if weight for _, value in self._values(name).points
+        )
 
     def at(self, step: int, steps: int) -> StrengthNow:
         """What it is at a step of a run of `steps`."""
         if not self._acts(step, steps):
             return StrengthNow(0.0, (0.0,) * (len(PLACES) - 1))
-        text_encoder, inputs, middle, outputs = (
-            values.at(step, steps) for values in (self.text_encoder, self.inputs, self.middle, self.outputs)
-        )
         weights = self.block_weights or (1.0,) * len(PLACES)
-        by_side = {"I": inputs, "M": middle, "O": outputs}
-        places = tuple(by_side[name[0]] * weight for name, weight in zip(PLACES[1:], weights[1:], strict=True))
-        return StrengthNow(text_encoder * weights[0], places)
+        now = [self._values(name).at(step, steps) * weight for name, weight in zip(PLACES, weights, strict=True)]
+        return StrengthNow(now[0], tuple(now[1:]))
+
+    def _values(self, place: str) -> StepValues:
+        """What holds at one of `PLACES`, without its block weight."""
+        return {"B": self.text_encoder, "I": self.inputs, "M": self.middle, "O": self.outputs}[place[0]]
 
     def _acts(self, step: int, steps: int) -> bool:
         def reached(bound: float) -> bool:

@@ -405,7 +405,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(files, sd2_adapter, tiny
         (["--models", lora, lora, "--lbws", "ALL"], "--lbws", "1 given for 2 models"),
         (["--models", lora, "--lbws", "[1,2,3]"], "has 3 values", "12, 17, 20 or 26"),
         (["--models", lora, "--lbws", "OUTAL"], "OUTALL"),
-        (["--models", lora, "--lbws", '[1,"x"]'], "not a JSON list of numbers"),
+        (["--models", lora, "--lbws", '[1,"x"]'], "not a list of numbers"),
         (["--models", lora, sd2_adapter], "Stable Diffusion 2.x", "Stable Diffusion 1.x"),
         ([*into, "--models", sd2_adapter], "is Stable Diffusion 1.x", "is for Stable Diffusion 2.x"),
         (["--sd_model", tiny_sd2_file, "--models", lora], "is Stable Diffusion 2.x", "is for Stable Diffusion 1.x"),
