@@ -5,6 +5,7 @@ Shapes: B texts, n chunks, 77 tokens a chunk (start, 75 of the text, end), D the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 CHUNK = 75
+COMMA_REACH = 20
+"""How many tokens before the end of a full chunk a comma is looked for; A1111's default."""
 
+WeightedTokens = list[tuple[int, float]]
 WeightMode = Literal["multiply", "keep_mean"]
+
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,58 @@ def tokenize(
         ids.append(_in_chunks([token for token, _ in tokens], max_length, tokenizer))
         weights.append(_weights_in_chunks([weight for _, weight in tokens], max_length))
     return TokenBatch(torch.tensor(ids), torch.tensor(weights) if weighted else None)
+
+
+def text_chunks(tokenizer: CLIPTokenizer, text: str, *, breaks: bool) -> list[WeightedTokens]:
+    """A prompt's tokens and their weights, in chunks of 75 at most, as A1111 cuts them; one chunk at least.
+
+    A chunk that overflows ends behind its last comma, if that is among its last 20 tokens: what belongs together stays
+    together.
+
+    Args:
+        breaks: `BREAK` ends a chunk, in brackets too; without it the word is text.
+    """
+    comma = tokenizer.convert_tokens_to_ids(",</w>")
+    chunks: list[WeightedTokens] = [[]]
+    for part, weight in prompt_weights.parse(text):
+        for number, piece in enumerate(_BREAK.split(part) if breaks else [part]):
+            if number:
+                chunks.append([])
+            for token in token_ids(tokenizer, piece):
+                if len(chunks[-1]) == CHUNK:
+                    chunks.append([] if token == comma else _cut_behind_comma(chunks[-1], comma))
+                chunks[-1].append((token, weight))
+    # a BREAK at the end has nothing to begin
+    return chunks if chunks[-1] else chunks[:-1] or chunks
+
+
+def _cut_behind_comma(chunk: WeightedTokens, comma: int) -> WeightedTokens:
+    """Take what follows the last comma out of a full chunk; nothing where that comma is far from the end, or absent."""
+    for behind in range(CHUNK, CHUNK - COMMA_REACH, -1):
+        if chunk[behind - 1][0] == comma:
+            cut = chunk[behind:]
+            del chunk[behind:]
+            return cut
+    return []
+
+
+def chunk_batch(tokenizer: CLIPTokenizer, texts: Sequence[list[WeightedTokens]], *, chunks: int) -> TokenBatch:
+    """Texts from `text_chunks`, each chunk laid out as start, tokens, end, padding.
+
+    Args:
+        texts: B of them.
+        chunks: n, for every text; one with fewer gets empty ones, and one with more loses the rest.
+    """
+    start, end, pad = _special_tokens(tokenizer)
+    ids = torch.full((len(texts), chunks, CHUNK + 2), pad)
+    ids[:, :, 0] = start
+    weights = torch.ones(ids.shape)
+    for place, text in enumerate(texts):
+        for number in range(chunks):
+            tokens = text[number] if number < len(text) else []
+            ids[place, number, 1 : len(tokens) + 2] = torch.tensor([*(token for token, _ in tokens), end])
+            weights[place, number, 1 : len(tokens) + 1] = torch.tensor([weight for _, weight in tokens])
+    return TokenBatch(ids, weights)
 
 
 def _in_chunks(tokens: list[int], max_length: int, tokenizer: CLIPTokenizer) -> list[list[int]]:

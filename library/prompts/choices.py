@@ -189,7 +189,8 @@ def _read_group(text: str, start: int, end: int, wildcards: Wildcards | None, wh
 
 def _read_head(head: list[str], where: str) -> tuple[int, int | None, str]:
     """The least and the most options (None: all) that `2$$`, `1-3$$`, `-3$$` or `2-$$` takes, and what joins them."""
-    count, joint = [*head, *("1", ", ")[len(head) :]][:2]
+    count = head[0] if head else "1"
+    joint = head[1] if len(head) > 1 else ", "
     found = _COUNT.fullmatch(count)
     if len(head) > 2 or not found or not any(found.groups()):
         what = "has too many $$" if len(head) > 2 else f"'{count}' is no number of options"

@@ -60,8 +60,8 @@ class AdapterStrength:
         text_encoder: on the text encoders.
         inputs, middle, outputs: on the U-Net's three sections.
         block_weights: further factors, one for each of `block_weights.PLACES`; None for 1 everywhere.
-        start, stop: the steps with the adapter, from `start` up to `stop`, which is without it; a float is a share of the
-            run (`share_of_run`), None sets no bound.
+        start, stop: the steps with the adapter, from `start` up to `stop`, which is without it; a float is a share of all
+            steps (0.5 of 20 is step 10), None sets no bound.
     """
 
     text_encoder: StepValues = ONE
@@ -106,7 +106,7 @@ class AdapterStrength:
 
     def _acts(self, step: int, steps: int) -> bool:
         def reached(bound: float) -> bool:
-            return (share_of_run(step, steps) if isinstance(bound, float) else step) >= bound
+            return (step / steps if isinstance(bound, float) else step) >= bound
 
         return (self.start is None or reached(self.start)) and (self.stop is None or not reached(self.stop))
 

@@ -13,7 +13,7 @@ from functools import partial
 from library.errors import UserError, attempt, raise_all
 from library.prompts.lora_tags import LoraTag, read_tags, without_tags
 
-_AND = re.compile(r"(?<!\S)AND(?!\S)")
+_AND = re.compile(r"\bAND\b")
 _WEIGHT = re.compile(r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from library.checkpoints.tokenizers import shipped_tokenizer
-from library.conditioning.clip_text import TokenBatch, encode, token_ids, tokenize
+from library.conditioning.clip_text import TokenBatch, chunk_batch, encode, text_chunks, token_ids, tokenize
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from tests.support.tiny_models import build_tiny_parts
@@ -153,3 +155,95 @@ def test_gradients_flow_into_the_encoder(text_encoder, tokenizer):
     encode(text_encoder, tokenize(tokenizer, ["a cat"]), clip_skip=2).sum().backward()
     assert text_encoder.encoder.layers[0].mlp.fc1.weight.grad is not None
     text_encoder.requires_grad_(False)
+
+
+# Prompts in chunks
+
+A, DOG, COMMA = 320, 1929, 267
+
+
+WEIGHTED_CHUNKS = {
+    "": [[]],
+    "a cat": [[(A, 1.0), (CAT, 1.0)]],
+    "a (cat:1.5)": [[(A, 1.0), (CAT, 1.5)]],
+    "a BREAK cat": [[(A, 1.0)], [(CAT, 1.0)]],
+    "a,BREAK\ncat": [[(A, 1.0), (COMMA, 1.0)], [(CAT, 1.0)]],
+    "(a BREAK cat:1.5) BREAK [dog]": [[(A, 1.5)], [(CAT, 1.5)], [(DOG, 1 / 1.1)]],
+    "(a) BREAK (cat:0.5) dog": [[(A, 1.1)], [(CAT, 0.5), (DOG, 1.0)]],
+    "((a BREAK) cat:2)": [[(A, 2.2)], [(CAT, 2.0)]],
+    "BREAK a": [[], [(A, 1.0)]],
+    "a BREAK": [[(A, 1.0)]],
+    "a BREAK BREAK cat": [[(A, 1.0)], [], [(CAT, 1.0)]],
+    "BREAK": [[]],
+}
+
+
+@pytest.mark.parametrize("text", WEIGHTED_CHUNKS)
+def test_prompts_have_these_tokens_and_weights(tokenizer, text):
+    chunks, expected = text_chunks(tokenizer, text, breaks=True), WEIGHTED_CHUNKS[text]
+    assert [[token for token, _ in chunk] for chunk in chunks] == [[token for token, _ in chunk] for chunk in expected]
+    for chunk, weights in zip(chunks, expected, strict=True):
+        assert [weight for _, weight in chunk] == pytest.approx([weight for _, weight in weights])
+
+
+def test_break_is_a_word_where_it_is_not_asked_for_and_in_other_words(tokenizer):
+    (chunk,) = text_chunks(tokenizer, "a BREAK cat", breaks=False)
+    assert [token for token, _ in chunk] == token_ids(tokenizer, "a break cat")
+    assert len(text_chunks(tokenizer, "a break, a BREAKER, OUTBREAK", breaks=True)) == 1
+
+
+def lengths(tokenizer, text: str) -> list[int]:
+    return [len(chunk) for chunk in text_chunks(tokenizer, text, breaks=True)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (75, 0, [75, 1]),  # the comma itself is what overflows
+        (74, 0, [75]),
+        (74, 1, [75, 1]),
+        (70, 4, [75]),
+        (70, 5, [71, 5]),
+        (55, 20, [56, 20]),
+        (54, 21, [75, 1]),  # the comma is not among the last 20
+        (70, 100, [71, 75, 25]),
+    ],
+)
+def test_full_chunks_end_at_a_comma_that_is_near(tokenizer, before, after, expected):
+    assert lengths(tokenizer, "cat " * before + "," + " dog" * after) == expected
+
+
+def test_no_token_is_lost_or_moved_by_cutting_at_commas(tokenizer):
+    text = ", ".join("(cat:1.5) " * (number % 7) + "dog" for number in range(90))
+    chunks = text_chunks(tokenizer, text, breaks=True)
+    whole = tokenize(tokenizer, [text], max_length=75 * 6, weighted=True)
+    tokens = [pair for chunk in chunks for pair in chunk]
+    assert whole.weights is not None
+    assert [token for token, _ in tokens] == whole.ids[0, :, 1:-1].flatten()[: len(tokens)].tolist()
+    assert [weight for _, weight in tokens] == whole.weights[0, :, 1:-1].flatten()[: len(tokens)].tolist()
+    assert all(COMMA in (left[-1][0], right[0][0]) for left, right in pairwise(chunks))
+
+
+@pytest.mark.parametrize("words", [0, 5, 74, 75, 76, 150, 151, 225])
+def test_prompts_without_commas_are_laid_out_as_in_training(tokenizer, words):
+    texts = ["cat " * words, "a (dog:1.5)"]
+    expected = tokenize(tokenizer, texts, max_length=225, weighted=True)
+    laid_out = chunk_batch(tokenizer, [text_chunks(tokenizer, text, breaks=True) for text in texts], chunks=3)
+    assert torch.equal(laid_out.ids, expected.ids)
+    assert laid_out.weights is not None
+    assert expected.weights is not None
+    assert torch.equal(laid_out.weights, expected.weights)
+    assert (laid_out.ids.dtype, laid_out.weights.dtype) == (torch.int64, torch.float32)
+
+
+def test_break_fills_its_chunk_with_the_padding_of_the_model(family, tokenizer):
+    chunks = text_chunks(tokenizer, "cat BREAK dog", breaks=True)
+    ids = chunk_batch(tokenizer, [chunks], chunks=3).ids[0]
+    assert ids[:, :3].tolist() == [[START, CAT, END], [START, DOG, END], [START, END, family.pad_token_id]]
+    assert ids[:, 3:].unique().tolist() == [family.pad_token_id]
+
+
+def test_chunks_beyond_the_room_are_left_out(tokenizer):
+    batch = chunk_batch(tokenizer, [text_chunks(tokenizer, "cat BREAK dog", breaks=True)], chunks=1)
+    assert batch.ids.shape == (1, 1, 77)
+    assert torch.equal(batch.ids, tokenize(tokenizer, ["cat"]).ids)

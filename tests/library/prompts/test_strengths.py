@@ -63,9 +63,10 @@ def test_block_weights_are_further_factors():
         (3, None, range(3, 8)),
         (None, 3, range(3)),
         (2, 5, range(2, 5)),
-        (0.5, None, range(3, 8)),
-        (None, 0.5, range(3)),
-        (0.5, 1.0, range(3, 6)),
+        (0.5, None, range(4, 8)),
+        (None, 0.5, range(4)),
+        (0.125, 0.375, range(1, 3)),
+        (0.0, 1.0, range(8)),
         (20, None, []),
     ],
 )
@@ -73,6 +74,13 @@ def test_an_adapter_acts_from_its_start_up_to_its_stop(start, stop, acting):
     strength = AdapterStrength(start=start, stop=stop)
     assert [step for step in range(8) if strength.at(step, 8) != StrengthNow(0.0, (0.0,) * 25)] == list(acting)
     assert strength.is_constant == (start is stop is None)
+
+
+def test_shares_of_all_steps_are_exact():
+    for steps in (10, 20, 30, 50):
+        for step in range(1, steps):
+            strength = AdapterStrength(start=float(f"{step / steps}"))
+            assert [strength.at(now, steps).text_encoder for now in (step - 1, step)] == [0, 1]
 
 
 def test_nothing_is_what_acts_nowhere_at_no_step():

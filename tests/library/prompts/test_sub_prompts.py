@@ -17,6 +17,7 @@ PROMPTS = {
     "(a cat:1.2) AND a (dog:0.8)": [("(a cat:1.2)", 1.0), ("a (dog:0.8)", 1.0)],
     "time 10:30": [("time 10:30", 1.0)],
     "a cat and a dog, SAND ANDY xAND": [("a cat and a dog, SAND ANDY xAND", 1.0)],
+    "a cat,AND a dog": [("a cat,", 1.0), ("a dog", 1.0)],
     "a BREAK b AND c": [("a BREAK b", 1.0), ("c", 1.0)],
     "a :1.2 b AND c": [("a :1.2 b", 1.0), ("c", 1.0)],
 }
