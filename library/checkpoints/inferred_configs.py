@@ -70,7 +70,7 @@ def _needed(shapes: Shapes, key: str) -> tuple[int, ...]:
 
 
 def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> Config:
-    """The configuration of "unet", "vae" or "text_encoder" from shapes by key, relative to the part.
+    """The configuration of "unet", "vae", "text_encoder" or "control_net" from shapes by key, relative to the part.
 
     Raises:
         UserError: where a tensor is missing without which the size is unknown.
@@ -79,6 +79,7 @@ def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> 
         "unet": _unet_config,
         "vae": _vae_config,
         "text_encoder": _text_encoder_config,
+        "control_net": _control_net_config,
     }
     try:
         return infer[part](shapes, family)
@@ -87,6 +88,31 @@ def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> 
 
 
 def _unet_config(shapes: Shapes, family: ModelFamily) -> Config:
+    encoder = _unet_encoder_config(shapes, family)
+    up_types = [kind.replace("Down", "Up") for kind in reversed(encoder["down_block_types"])]
+    return {
+        **family.unet_config,
+        **encoder,
+        "out_channels": _needed(shapes, "out.2.weight")[0],
+        "up_block_types": tuple(up_types),
+    }
+
+
+def _control_net_config(shapes: Shapes, family: ModelFamily) -> Config:
+    hint_layers = _count(shapes, r"input_hint_block\.(\d+)\.weight$")
+    widths = range(0, 2 * hint_layers - 2, 4)  # the first layer, and every second one behind it, widens the hint
+    return {
+        **{key: family.unet_config[key] for key in ("upcast_attention", "norm_num_groups")},
+        **_unet_encoder_config(shapes, family),
+        "conditioning_channels": _needed(shapes, "input_hint_block.0.weight")[1],
+        "conditioning_embedding_out_channels": tuple(
+            _needed(shapes, f"input_hint_block.{layer}.weight")[0] for layer in widths
+        ),
+    }
+
+
+def _unet_encoder_config(shapes: Shapes, family: ModelFamily) -> Config:
+    """What shows in the half that a U-Net and a ControlNet have in common."""
     resampled = sorted(
         int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.weight$", key)) is not None
     )
@@ -96,13 +122,10 @@ def _unet_config(shapes: Shapes, family: ModelFamily) -> Config:
     attention = [f"input_blocks.{1 + places * level}.1.proj_in.weight" in shapes for level in range(levels)]
     first = next(f"input_blocks.{1 + places * level}.1" for level in range(levels) if attention[level])
     return {
-        **family.unet_config,
         "in_channels": _needed(shapes, "input_blocks.0.0.weight")[1],
-        "out_channels": _needed(shapes, "out.2.weight")[0],
         "layers_per_block": places - 1,
         "block_out_channels": tuple(channels),
         "down_block_types": tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
         "cross_attention_dim": _needed(shapes, f"{first}.transformer_blocks.0.attn2.to_k.weight")[1],
         "attention_head_dim": family.attention_heads(channels),
         "use_linear_projection": len(_needed(shapes, f"{first}.proj_in.weight")) == 2,

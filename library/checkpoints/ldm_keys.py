@@ -93,25 +93,11 @@ def unet_table(config: Mapping[str, Any]) -> KeyTable:
 
 
 def _unet_pairs(config: Mapping[str, Any]) -> Pairs:
-    yield "time_embed.0", "time_embedding.linear_1"
-    yield "time_embed.2", "time_embedding.linear_2"
-    yield "input_blocks.0.0", "conv_in"
+    yield from _unet_encoder_pairs(config)
     yield "out.0", "conv_norm_out"
     yield "out.2", "conv_out"
-    yield from _below("middle_block.0", "mid_block.resnets.0", _UNET_RESNET)
-    yield "middle_block.1", "mid_block.attentions.0"
-    yield from _below("middle_block.2", "mid_block.resnets.1", _UNET_RESNET)
-
-    layers, down_types, up_types = config["layers_per_block"], config["down_block_types"], config["up_block_types"]
-    places = layers + 1  # of a block among input_blocks and output_blocks: its layers and its resampling
-    for block, kind in enumerate(down_types):
-        for layer in range(layers):
-            original, module = f"input_blocks.{1 + places * block + layer}", f"down_blocks.{block}"
-            yield from _below(f"{original}.0", f"{module}.resnets.{layer}", _UNET_RESNET)
-            if kind.startswith("CrossAttn"):
-                yield f"{original}.1", f"{module}.attentions.{layer}"
-        if block < len(down_types) - 1:
-            yield f"input_blocks.{places * (block + 1)}.0.op", f"down_blocks.{block}.downsamplers.0.conv"
+    layers, up_types = config["layers_per_block"], config["up_block_types"]
+    places = layers + 1  # of a block among output_blocks: its layers, the last of them with the upsampler
     for block, kind in enumerate(up_types):
         with_attention = kind.startswith("CrossAttn")
         for layer in range(places):
@@ -123,6 +109,45 @@ def _unet_pairs(config: Mapping[str, Any]) -> Pairs:
             # The upsampler follows the resnet and, where there is one, the attention of the block's last layer.
             place = 2 if with_attention else 1
             yield f"output_blocks.{places * block + layers}.{place}.conv", f"up_blocks.{block}.upsamplers.0.conv"
+
+
+def _unet_encoder_pairs(config: Mapping[str, Any]) -> Pairs:
+    """What a U-Net and a ControlNet have in common: everything to the middle."""
+    yield "time_embed.0", "time_embedding.linear_1"
+    yield "time_embed.2", "time_embedding.linear_2"
+    yield "input_blocks.0.0", "conv_in"
+    yield from _below("middle_block.0", "mid_block.resnets.0", _UNET_RESNET)
+    yield "middle_block.1", "mid_block.attentions.0"
+    yield from _below("middle_block.2", "mid_block.resnets.1", _UNET_RESNET)
+
+    layers, down_types = config["layers_per_block"], config["down_block_types"]
+    places = layers + 1  # of a block among input_blocks: its layers and its downsampler
+    for block, kind in enumerate(down_types):
+        for layer in range(layers):
+            original, module = f"input_blocks.{1 + places * block + layer}", f"down_blocks.{block}"
+            yield from _below(f"{original}.0", f"{module}.resnets.{layer}", _UNET_RESNET)
+            if kind.startswith("CrossAttn"):
+                yield f"{original}.1", f"{module}.attentions.{layer}"
+        if block < len(down_types) - 1:
+            yield f"input_blocks.{places * (block + 1)}.0.op", f"down_blocks.{block}.downsamplers.0.conv"
+
+
+def control_net_table(config: Mapping[str, Any]) -> KeyTable:
+    """For a ControlNet of diffusers' configuration `config`."""
+    return KeyTable(_control_net_pairs(config))
+
+
+def _control_net_pairs(config: Mapping[str, Any]) -> Pairs:
+    yield from _unet_encoder_pairs(config)
+    hint = "controlnet_cond_embedding"
+    widened = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
+    yield "input_hint_block.0", f"{hint}.conv_in"
+    for number in range(widened):  # activations stand between the convolutions
+        yield f"input_hint_block.{2 + 2 * number}", f"{hint}.blocks.{number}"
+    yield f"input_hint_block.{2 + 2 * widened}", f"{hint}.conv_out"
+    for skip in range((config["layers_per_block"] + 1) * len(config["down_block_types"])):
+        yield f"zero_convs.{skip}.0", f"controlnet_down_blocks.{skip}"
+    yield "middle_block_out.0", "controlnet_mid_block"
 
 
 def vae_table(config: Mapping[str, Any]) -> KeyTable:

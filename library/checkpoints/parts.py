@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 UNET, VAE, TEXT_ENCODER = "unet", "vae", "text_encoder"
-PARTS = (UNET, VAE, TEXT_ENCODER)
+PARTS = (UNET, VAE, TEXT_ENCODER)  # of a base model
+CONTROL_NET = "control_net"
 SHOWN = 3  # tensors that a sentence names
-PART_TITLES: Mapping[str, str] = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder"}
+PART_TITLES: Mapping[str, str] = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder", CONTROL_NET: "ControlNet"}
+_DIFFUSERS_CLASSES = {UNET: "UNet2DConditionModel", VAE: "AutoencoderKL", CONTROL_NET: "ControlNetModel"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class ModelPart:
     """What it takes to build one module.
 
     Attributes:
-        kind: one of `PARTS`.
+        kind: one of `PARTS`, or `CONTROL_NET`.
         config: in the words of diffusers or transformers.
         sources: the module's tensor names -> where they are; exactly those the module has.
         where: the file or folder, for sentences.
@@ -100,10 +102,9 @@ def _module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
         settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "architectures")}
         return CLIPTextModel(CLIPTextConfig(**settings))
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    import diffusers
 
-    model_class = UNet2DConditionModel if kind == UNET else AutoencoderKL
-    return model_class.from_config(dict(config))
+    return getattr(diffusers, _DIFFUSERS_CLASSES[kind]).from_config(dict(config))
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -34,7 +34,7 @@ _OTHER_CHECKPOINTS: tuple[tuple[str, str], ...] = (
         r"^(lora|lycoris|oft)_\w+\.|\.lora_(down|up|A|B)\.|[._]lora(_linear_layer)?\.(down|up)\.|\.hada_w1_|\.lokr_w1",
         "an adapter (LoRA) file, not a base model",
     ),
-    (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion embedding, not a base model"),
+    (r"^(emb_params$|string_to_param(\.|$)|clip_[lg]$)", "a textual inversion embedding, not a base model"),
     (r"^(control_model\.|controlnet_)", "a ControlNet, not a base model"),
     (r"^layers\.\d+\.linear\.weight$|^\d+\.linear1\.0\.weight$", "a hypernetwork, not a base model"),
     (r"^add_embedding\.linear_1\.", "an SDXL U-Net in diffusers' layout"),
@@ -99,6 +99,38 @@ def _family_of_ldm_text_encoder(shapes: Shapes, where: str | None) -> ModelFamil
 
 def _context_width(shapes: Shapes, key: str) -> int | None:
     return shapes[key][1] if key in shapes and len(shapes[key]) > 1 else None
+
+
+# What else a file given as a ControlNet may be, likewise.
+_OTHER_CONTROLS: tuple[tuple[str, str], ...] = (
+    (r"^lllite_unet_", "a ControlNet-LLLite, which is for SDXL"),
+    (r"^lora_controlnet$", "a Control-LoRA, which is for SDXL"),
+    (r"(^|\.)(transformer_blocks\.\d+\.norm1_context|(double|joint)_blocks\.\d+)\.", "a ControlNet for SD3 or FLUX"),
+    (r"^(control_model\.)?label_emb\.|^add_embedding\.", "a ControlNet for SDXL"),
+    (r"^(adapter\.)?body\.\d+\.(block\d\.|in_conv\.|resnets\.)", "a T2I-Adapter, not a ControlNet"),
+)
+_CONTROL_NET = re.compile(r"^(control_model\.)?input_hint_block\.0\.weight$|^controlnet_cond_embedding\.conv_in\.weight$")
+
+
+def family_of_control_net(shapes: Shapes, *, where: str | None = None) -> ModelFamily:
+    """The family that a ControlNet is for, in the original layout or diffusers'.
+
+    By the context's width, and for other (tiny) widths by whether the projections are matrices.
+
+    Raises:
+        UserError: naming what the file is instead.
+    """
+    other = _first_match(shapes, _OTHER_CONTROLS)
+    if other is None and not any(map(_CONTROL_NET.match, shapes)):
+        known = (*_OTHER_CHECKPOINTS[:5], (rf"^{re.escape(_UNET)}", "a base model"), *_OTHER_CHECKPOINTS[5:])
+        kind = (_first_match(shapes, known) or "").partition(",")[0]
+        other = f"{kind}, not a ControlNet" if kind else "no ControlNet: it has no layers that read a hint image"
+    if other:
+        raise UserError(f"is {other}", where=where, remedy=f"give a ControlNet for {SD1.title} or {SD2.title}")
+    width = next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
+    linear = any(len(shape) == 2 for key, shape in shapes.items() if key.endswith(".proj_in.weight"))
+    by_width = [family for family in FAMILIES if family.context_width == width]
+    return (by_width or [family for family in FAMILIES if family.linear_projections is linear])[0]
 
 
 # A part's folder that only other pipelines have, and their name.

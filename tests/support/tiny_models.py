@@ -105,3 +105,15 @@ def build_tiny_folder(path: Path, family: ModelFamily, prediction_type: str = EP
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
     (path / "model_index.json").write_text(json.dumps(index, indent=2))
     return path
+
+
+def build_tiny_control_net(unet: nn.Module, seed: int = 0) -> nn.Module:
+    """A ControlNet for a tiny U-Net that acts: what training begins with as zeros has a signal, and hints count."""
+    quiet_libraries()
+    from diffusers import ControlNetModel
+
+    net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)  # type: ignore[arg-type]
+    fill_with_signal(net, seed)
+    with torch.no_grad():
+        net.controlnet_cond_embedding.conv_out.weight.mul_(50)  # seven activations before it have halved the signal
+    return net.eval().requires_grad_(False)
