@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from library.cli.doors import run_door
 from library.cli.generation_options import parse_generation
@@ -18,6 +19,10 @@ from library.cli.generation_options import parse_generation
 
 def generate(argv: Sequence[str]) -> int:
     options = parse_generation(argv)
+    if isinstance(options, Path):
+        from library.generation.run import list_adapters
+
+        return list_adapters(options)
     from library.generation.run import run_generation
 
     return run_generation(options)

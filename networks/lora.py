@@ -181,7 +181,7 @@ class LoRAModule(AdditiveAdapter):
         if self.dora_scale is not None or self.diff_b is not None or self.bias_values is not None:
             return super().forward(layer, x, output)
         hidden, up = self._hidden(x)
-        hidden, factor = self.drop_module(hidden), self.multiplier * self.scale
+        hidden, factor = self.per_row(self.drop_module(hidden)), self.multiplier * self.scale
         if self.spec.is_linear and hidden.dtype == output.dtype:
             rows = torch.addmm(output.reshape(-1, len(up)), hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=factor)
             return rows.view(output.shape)

@@ -132,7 +132,8 @@ def test_a_real_command_draws_names_and_describes_its_pictures(tiny_sd1_folder, 
     assert (request.prompt, request.scale, request.steps, request.seed) == ("a house", 3.0, 3, seeds[1])
     assert (request.width, request.height) == (64, 64)
     assert made_with["model"] == tiny_sd1_folder.name
-    assert made_with["networks"] == [{"name": "mine", "strength": 0.5}]
+    (used,) = made_with["networks"]
+    assert (used["name"], used["strength"], used["file"]) == ("mine", 0.5, str(lora_file))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
@@ -309,8 +310,8 @@ def test_options_become_what_they_say():
         ["--ckpt", "m", "--prompt", "a", "--network_weights", "1", "2", "--network_mul", "0.5"]
         + ["--network_args", "a=1;b=2", "--network_merge", "--clip_skip", "2", "--max_embeddings_multiples", "2", "--v2"]
     )
-    first, second = options.networks
+    first, second = options.adapters.networks
     assert (first.strength, second.strength) == (0.5, 1.0)
     assert (first.args, second.args) == ({"a": "1", "b": "2"}, {})
-    assert (options.pictures.clip_skip, options.model.max_chunks, options.model.v2) == (2, 2, True)
-    assert options.merge_networks
+    assert (options.pictures.settings["clip_skip"], options.model.max_chunks, options.model.v2) == (2, 2, True)
+    assert options.adapters.merged == 2

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.errors import UserError, raise_all
-from library.generation.options import GenerationOptions, ModelOptions, NetworkUse, PictureOptions, Precision
+from library.errors import UserError, counted, raise_all
+from library.generation.options import (
+    AdapterOptions,
+    GenerationOptions,
+    ModelOptions,
+    NetworkUse,
+    OutputOptions,
+    PictureOptions,
+    Precision,
+)
 from library.generation.requests import MAX_SEED, MAX_STEPS, MIN_SIZE
-from library.generation.samplers import SAMPLERS
+from library.generation.samplers import find_sampler
+from library.prompts.lora_tags import STYLES
 from networks.registry import resolve_network_module
 
 DESCRIPTION = "Draw pictures with Stable Diffusion 1.x and 2.x and adapters."
@@ -40,13 +49,27 @@ _MODEL = OptionGroup(
     ),
 )
 _PRECISION = OptionGroup(
-    "Precision and speed",
+    "Precision, speed and memory",
     (
         Option(name="fp16", type=FLAG, help="U-Net and text encoder in fp16; fp32 without this and --bf16"),
         Option(name="bf16", type=FLAG, help="U-Net and text encoder in bfloat16"),
         Option(name="no_half_vae", type=FLAG, help="the VAE in fp32, which it always is here", extension=True),
         Option(name="xformers", type=FLAG, help="attention of xformers, where it is installed; else torch's"),
+        Option(name="diffusers_xformers", type=FLAG, help="the same"),
         Option(name="sdpa", type=FLAG, help="torch's own attention, which is used without this too"),
+        Option(name="opt_channels_last", type=FLAG, help="keep the U-Net's weights with their channels last"),
+        Option(
+            name="vae_batch_size",
+            type=float,
+            help="pictures that the VAE decodes at the same time, or below 1 a share of the batch; 1 without it",
+        ),
+        Option(name="vae_slices", type=int, help="let the VAE work on large pictures in pieces, which saves memory"),
+        Option(
+            name="offload",
+            type=FLAG,
+            help="keep text encoder and VAE in the machine's memory, and on the GPU only while they compute",
+            extension=True,
+        ),
     ),
 )
 _PICTURES = OptionGroup(
@@ -54,20 +77,57 @@ _PICTURES = OptionGroup(
     (
         Option(name="prompt", help="the prompt; it may hold options: a cat --n blurry --w 768 --h 512 --s 30 --d 1 --l 7"),
         Option(name="from_file", help="a UTF-8 file of prompts, one per line; lines that begin with # are skipped"),
+        Option(name="interactive", type=FLAG, help="type prompts, one after the other"),
+        Option(name="no_preview", type=FLAG, help="no window with --interactive; there is none here"),
+        Option(
+            name="wildcards_dir", help="folder of word lists: __name__ in a prompt is a line of name.txt", extension=True
+        ),
         Option(name="W", type=int, help="width in pixels, rounded down to a multiple of 8; the model's own without it"),
         Option(name="H", type=int, help="height in pixels, likewise"),
         Option(name="steps", type=int, default=50, help="steps of the sampler"),
         Option(name="scale", type=float, default=7.5, help="guidance towards the prompt; 1 and less is without guidance"),
-        Option(name="sampler", default="ddim", choices=tuple(SAMPLERS), help="the sampler"),
+        Option(
+            name="negative_scale", type=float, help="guidance away from the negative prompt, where it differs from --scale"
+        ),
+        Option(
+            name="guidance_rescale",
+            type=float,
+            default=0.0,
+            help="0 to 1: how much strong guidance is kept from making pictures too bright; 0.7 for v-prediction models "
+            "trained with zero terminal SNR",
+            extension=True,
+        ),
+        Option(name="sampler", default="ddim", help="the sampler; docs/generate.md lists them"),
         Option(
             name="seed",
             type=int,
             help="the seed of the first picture, from which the others' follow; chance without it. Every file name ends "
             "with the seed that draws its picture again",
         ),
+        Option(name="iter_same_seed", type=FLAG, help="one seed for all prompts of an iteration"),
+        Option(name="shuffle_prompts", type=FLAG, help="prompts in another order in each iteration"),
         Option(name="images_per_prompt", type=int, default=1, help="pictures of every prompt"),
         Option(name="n_iter", type=int, default=1, help="how often all prompts are drawn, each time with other seeds"),
         Option(name="batch_size", type=int, default=1, help="pictures made at the same time"),
+    ),
+)
+_BEGINNINGS = OptionGroup(
+    "Pictures from pictures",
+    (
+        Option(name="image_path", help="picture to begin from, or a folder of them"),
+        Option(
+            name="mask_path",
+            help="picture, or folder of them, white where a picture is drawn anew; for a prompt with AND the regions of "
+            "its sub-prompts in red, green and blue",
+        ),
+        Option(name="strength", type=float, help="0 to 1: how much of a picture is drawn anew; 0.8 without it"),
+        Option(name="highres_fix_scale", type=float, help="draw in two stages, the first at this share of the size"),
+        Option(name="highres_fix_steps", type=int, default=28, help="steps of the first stage"),
+        Option(name="highres_fix_strength", type=float, help="--strength of the first stage, if it begins from a picture"),
+        Option(name="highres_fix_save_1st", type=FLAG, help="save the pictures of the first stage too"),
+        Option(
+            name="highres_fix_latents_upscaling", type=FLAG, help="enlarge the first stage's latents, and not its picture"
+        ),
     ),
 )
 _OUTPUT = OptionGroup(
@@ -75,6 +135,7 @@ _OUTPUT = OptionGroup(
     (
         Option(name="outdir", default="outputs", help="folder for the pictures; it is created"),
         Option(name="sequential_file_name", type=FLAG, help="im_000001.png and so on, after the last one that is there"),
+        Option(name="use_original_file_name", type=FLAG, help="name pictures after those that they begin from"),
     ),
 )
 _NETWORKS = OptionGroup(
@@ -93,6 +154,34 @@ _NETWORKS = OptionGroup(
             type=FLAG,
             help="add the adapters to the model's weights first: faster, the same pictures up to rounding",
         ),
+        Option(name="network_merge_n_models", type=int, help="the same with the first so many of them"),
+        Option(
+            name="network_pre_calc",
+            type=FLAG,
+            help="add adapters to the weights for the time of a batch, where their strengths stay the same",
+        ),
+        Option(name="network_show_meta", type=FLAG, help="print what the files say of themselves"),
+        Option(
+            name="network_regional_mask_max_color_codes",
+            type=int,
+            help="read --mask_path as regions of so many colours, up to 7, instead of red, green and blue",
+        ),
+        Option(name="lora_dir", help="folder, with those in it, where <lora:name:1> in prompts finds files", extension=True),
+        Option(
+            name="lora_tag_style",
+            default="sdnext",
+            choices=STYLES,
+            help="what a second number in a tag is: an error (sdnext), or the U-Net's strength (a1111)",
+            extension=True,
+        ),
+        Option(
+            name="apply_trigger_words",
+            type=int,
+            default=0,
+            help="add so many of each adapter's trigger words to prompts without them; -1 for those that its author named",
+            extension=True,
+        ),
+        Option(name="list_loras", type=FLAG, help="list the adapters in --lora_dir, and do nothing else", extension=True),
     ),
 )
 
@@ -113,28 +202,16 @@ def _later(reason: str, *options: tuple[str, Any, str]) -> tuple[Option, ...]:
 
 _TEXTS, _NUMBERS = (str, "many"), (float, "many")
 _LATER = OptionGroup(
-    "Not available yet",
+    "Not available",
     (
         *_later(
-            "image to image and inpainting come later",
-            ("image_path", str, "picture or folder to begin from"),
-            ("mask_path", str, "mask for inpainting or for regions"),
-            ("strength", float, "how much is repainted"),
-            ("use_original_file_name", FLAG, "name results as their sources"),
-        ),
-        *_later(
-            "a second stage in a larger size comes later",
-            ("highres_fix_scale", float, "size of the first stage, as a share"),
-            ("highres_fix_steps", int, "steps of the first stage"),
-            ("highres_fix_strength", float, "strength of the first stage"),
-            ("highres_fix_save_1st", FLAG, "save the first stage too"),
-            ("highres_fix_latents_upscaling", FLAG, "enlarge the latents"),
+            "modules that enlarge pictures are no part of this toolkit",
             ("highres_fix_upscaler", str, "module of an upscaler"),
             ("highres_fix_upscaler_args", str, "its settings"),
-            ("highres_fix_disable_control_net", FLAG, "no ControlNet in the second stage"),
         ),
         *_later(
             "ControlNet comes later",
+            ("highres_fix_disable_control_net", FLAG, "no ControlNet in the second stage"),
             ("guide_image_path", _TEXTS, "hint images"),
             ("control_net_models", _TEXTS, "ControlNet files"),
             ("control_net_preps", _TEXTS, "their preprocessors"),
@@ -142,12 +219,11 @@ _LATER = OptionGroup(
             ("control_net_ratios", _NUMBERS, "share of steps with them"),
         ),
         *_later(
-            "guidance by other models comes later",
+            "no library that is kept up guides pictures by other models",
             ("clip_guidance_scale", float, "guidance by CLIP and a text"),
             ("clip_image_guidance_scale", float, "guidance by CLIP and a picture"),
             ("vgg16_guidance_scale", float, "guidance by VGG16 and a picture"),
             ("vgg16_guidance_layer", int, "its layer"),
-            ("negative_scale", float, "a scale of its own for the negative prompt"),
         ),
         *_later(
             "textual inversion comes later",
@@ -171,27 +247,6 @@ _LATER = OptionGroup(
             ("gradual_latent_s_noise", float, "noise of a change"),
             ("gradual_latent_unsharp_params", str, "sharpening"),
         ),
-        *_later(
-            "other ways to use adapters come later",
-            ("network_show_meta", FLAG, "print the adapters' metadata"),
-            ("network_merge_n_models", int, "merge the first so many adapters"),
-            ("network_pre_calc", FLAG, "rewrite the weights before each batch"),
-            ("network_regional_mask_max_color_codes", int, "regions by colour"),
-        ),
-        *_later(
-            "other ways to give prompts come later",
-            ("interactive", FLAG, "read prompts from the keyboard"),
-            ("no_preview", FLAG, "no window meanwhile"),
-            ("iter_same_seed", FLAG, "one seed for all prompts of an iteration"),
-            ("shuffle_prompts", FLAG, "prompts in another order in each iteration"),
-        ),
-        *_later(
-            "it comes with the other options for speed and memory",
-            ("vae_batch_size", float, "pictures the VAE decodes at the same time; one at a time until then"),
-            ("vae_slices", int, "slices inside the VAE"),
-            ("opt_channels_last", FLAG, "channels-last memory format"),
-            ("diffusers_xformers", FLAG, "xformers the way diffusers switches it on"),
-        ),
         *_later("tokenizers come with the toolkit", ("tokenizer_cache_dir", str, "folder of tokenizers")),
         *_later(
             "logging options come later",
@@ -202,48 +257,91 @@ _LATER = OptionGroup(
     ),
 )
 
-GENERATION_OPTIONS = (_MODEL, _PICTURES, _NETWORKS, _OUTPUT, _PRECISION, _LATER)
+GENERATION_OPTIONS = (_MODEL, _PICTURES, _BEGINNINGS, _NETWORKS, _OUTPUT, _PRECISION, _LATER)
 
 
-def parse_generation(argv: Sequence[str]) -> GenerationOptions:
-    """The run that a command line of gen_img_diffusers.py describes.
+def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
+    """The run that a command line of gen_img_diffusers.py describes, or the folder whose adapters it wants listed.
 
     Raises:
         UserError: every problem that the command line alone shows, at once.
     """
     parsed = parse(argv, GENERATION_OPTIONS, description=DESCRIPTION)
+    if parsed["list_loras"]:
+        if not parsed["lora_dir"]:
+            raise UserError("lists a folder", where="--list_loras", remedy="name it with --lora_dir")
+        return Path(parsed["lora_dir"])
     problems = _missing(parsed) + _out_of_range(parsed) + _contradictions(parsed)
-    networks = _networks(parsed, problems)
+    adapters = _adapters(parsed, problems)
     raise_all(problems)
     return GenerationOptions(
-        model=ModelOptions(
-            path=parsed["ckpt"],
-            vae=parsed["vae"],
-            v2=parsed["v2"] or None,
-            v_parameterization=parsed["v_parameterization"] or None,
-            zero_terminal_snr=parsed["zero_terminal_snr"],
-            precision=_precision(parsed),
-            xformers=parsed["xformers"],
-            max_chunks=parsed["max_embeddings_multiples"] or 3,
+        model=_model(parsed),
+        pictures=_pictures(parsed),
+        output=OutputOptions(
+            folder=Path(parsed["outdir"]),
+            sequential_names=parsed["sequential_file_name"],
+            original_names=parsed["use_original_file_name"],
+            save_first_stage=parsed["highres_fix_save_1st"],
         ),
-        pictures=PictureOptions(
-            prompt=parsed["prompt"],
-            prompt_file=None if parsed["from_file"] is None else Path(parsed["from_file"]),
-            width=parsed["W"],
-            height=parsed["H"],
-            steps=parsed["steps"],
-            scale=parsed["scale"],
-            sampler=parsed["sampler"],
-            seed=parsed["seed"],
-            clip_skip=parsed["clip_skip"],
-            images_per_prompt=parsed["images_per_prompt"],
-            iterations=parsed["n_iter"],
-            batch_size=parsed["batch_size"],
-        ),
-        output_folder=Path(parsed["outdir"]),
-        networks=networks,
-        merge_networks=parsed["network_merge"],
-        sequential_names=parsed["sequential_file_name"],
+        adapters=adapters,
+    )
+
+
+def _model(parsed: ParsedOptions) -> ModelOptions:
+    return ModelOptions(
+        path=parsed["ckpt"],
+        vae=parsed["vae"],
+        v2=parsed["v2"] or None,
+        v_parameterization=parsed["v_parameterization"] or None,
+        zero_terminal_snr=parsed["zero_terminal_snr"],
+        precision=_precision(parsed),
+        xformers=parsed["xformers"] or parsed["diffusers_xformers"],
+        channels_last=parsed["opt_channels_last"],
+        max_chunks=parsed["max_embeddings_multiples"] or 3,
+        vae_batch_size=parsed["vae_batch_size"] or 1,
+        vae_tiling=parsed["vae_slices"] is not None,
+        offload=parsed["offload"],
+    )
+
+
+# Option -> field of every request that it sets.
+_SETTINGS: dict[str, str] = {
+    "W": "width",
+    "H": "height",
+    "steps": "steps",
+    "scale": "scale",
+    "negative_scale": "negative_scale",
+    "guidance_rescale": "guidance_rescale",
+    "sampler": "sampler",
+    "clip_skip": "clip_skip",
+    "strength": "strength",
+    "highres_fix_scale": "highres_scale",
+    "highres_fix_steps": "highres_steps",
+    "highres_fix_strength": "highres_strength",
+    "highres_fix_latents_upscaling": "highres_latents",
+    "network_regional_mask_max_color_codes": "region_colors",
+}
+
+
+def _pictures(parsed: ParsedOptions) -> PictureOptions:
+    def path(name: str) -> Path | None:
+        return None if parsed[name] is None else Path(parsed[name])
+
+    return PictureOptions(
+        prompt=parsed["prompt"],
+        prompt_file=path("from_file"),
+        interactive=parsed["interactive"],
+        settings={field: parsed[name] for name, field in _SETTINGS.items() if parsed[name] is not None},
+        given=frozenset(field for name, field in _SETTINGS.items() if parsed.given(name)),
+        seed=parsed["seed"],
+        images=path("image_path"),
+        masks=path("mask_path"),
+        images_per_prompt=parsed["images_per_prompt"],
+        iterations=parsed["n_iter"],
+        batch_size=parsed["batch_size"],
+        same_seed=parsed["iter_same_seed"],
+        shuffled=parsed["shuffle_prompts"],
+        wildcards=path("wildcards_dir"),
     )
 
 
@@ -251,11 +349,15 @@ def _precision(parsed: ParsedOptions) -> Precision:
     return "fp16" if parsed["fp16"] else "bf16" if parsed["bf16"] else "fp32"
 
 
+_SOURCES = ("prompt", "from_file", "interactive")
+"""Where prompts come from: one of them, or none where --image_path brings them."""
+
+
 def _missing(parsed: ParsedOptions) -> list[UserError]:
     problems = []
     if not parsed["ckpt"]:
         problems.append(UserError("is missing", where="--ckpt", remedy="give a checkpoint file or a diffusers folder"))
-    if parsed["prompt"] is None and parsed["from_file"] is None:
+    if not any(parsed.given(name) for name in (*_SOURCES, "image_path")):
         problems.append(UserError("no prompt is given", remedy="give --prompt TEXT or --from_file FILE"))
     return problems
 
@@ -271,6 +373,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "n_iter": (1, math.inf),
     "batch_size": (1, math.inf),
     "max_embeddings_multiples": (1, math.inf),
+    "guidance_rescale": (0, 1),
+    "strength": (0, 1),
+    "highres_fix_scale": (0.05, 1),
+    "highres_fix_steps": (1, MAX_STEPS),
+    "highres_fix_strength": (0, 1),
+    "network_merge_n_models": (1, math.inf),
+    "network_regional_mask_max_color_codes": (1, 7),
+    "apply_trigger_words": (-1, math.inf),
+    "vae_batch_size": (0.01, math.inf),
+    "vae_slices": (1, math.inf),
 }
 
 
@@ -285,25 +397,78 @@ def _out_of_range(parsed: ParsedOptions) -> list[UserError]:
 
 
 def _contradictions(parsed: ParsedOptions) -> list[UserError]:
-    rules: tuple[tuple[Callable[[], Any], str, str, str], ...] = (
-        (lambda: parsed["fp16"] and parsed["bf16"], "--fp16 --bf16", "are two precisions", "give one of them"),
+    sources = [f"--{name}" for name in _SOURCES if parsed.given(name)]
+    without_networks = [name for name in _NETWORK_SETTINGS if parsed[name] and not parsed["network_weights"]]
+    rules: tuple[tuple[object, str, str, str], ...] = (
+        (parsed["fp16"] and parsed["bf16"], "--fp16 --bf16", "are two precisions", "give one of them"),
+        (len(sources) > 1, " and ".join(sources), "both give prompts", "give one of them"),
         (
-            lambda: parsed["prompt"] is not None and parsed["from_file"] is not None,
-            "--prompt and --from_file",
-            "both give prompts",
-            "give one of them",
-        ),
-        (
-            lambda: not parsed["network_weights"] and any(parsed[name] for name in _NETWORK_SETTINGS),
-            " ".join(f"--{name}" for name in _NETWORK_SETTINGS if parsed[name]),
+            without_networks,
+            " ".join(f"--{name}" for name in without_networks),
             "there is no adapter that this could act on",
             "name the files with --network_weights",
         ),
+        (
+            parsed["network_merge"] and parsed["network_merge_n_models"] is not None,
+            "--network_merge --network_merge_n_models",
+            "merge all adapters and some of them",
+            "give one of them",
+        ),
+        (
+            parsed["strength"] is not None and not parsed["image_path"] and parsed["highres_fix_scale"] is None,
+            "--strength",
+            "there is no picture to begin from",
+            "give one with --image_path, or --highres_fix_scale",
+        ),
+        (
+            parsed["use_original_file_name"] and not parsed["image_path"],
+            "--use_original_file_name",
+            "there is no picture to begin from",
+            "give one with --image_path",
+        ),
+        (
+            parsed["highres_fix_scale"] is None and any(parsed[name] for name in _HIGHRES),
+            " ".join(f"--{name}" for name in _HIGHRES if parsed[name]),
+            "there is no first stage",
+            "give --highres_fix_scale",
+        ),
+        (
+            parsed["interactive"] and parsed["n_iter"] != 1,
+            "--n_iter",
+            "typed prompts are drawn once",
+            "use --images_per_prompt",
+        ),
+        (parsed["mask_path"] and parsed["interactive"], "--mask_path", "goes with no typed prompt", "leave it out"),
+        (parsed["image_path"] and parsed["interactive"], "--image_path", "goes with no typed prompt", "leave it out"),
     )
-    return [UserError(what, where=where, remedy=remedy) for broken, where, what, remedy in rules if broken()]
+    problems = [UserError(what, where=where, remedy=remedy) for broken, where, what, remedy in rules if broken]
+    try:
+        find_sampler(parsed["sampler"], where="--sampler")
+    except UserError as error:
+        problems.append(error)
+    return problems
 
 
-_NETWORK_SETTINGS = ("network_module", "network_mul", "network_args", "network_merge")
+_NETWORK_SETTINGS = ("network_module", "network_mul", "network_args", "network_merge", "network_merge_n_models")
+_HIGHRES = ("highres_fix_strength", "highres_fix_save_1st", "highres_fix_latents_upscaling")
+
+
+def _adapters(parsed: ParsedOptions, problems: list[UserError]) -> AdapterOptions:
+    networks = _networks(parsed, problems)
+    merged = len(networks) if parsed["network_merge"] else parsed["network_merge_n_models"] or 0
+    if merged > len(parsed["network_weights"] or ()) > 0:
+        given = counted(len(networks), "adapter")
+        where = parsed.where("network_merge_n_models")
+        problems.append(UserError(f"only {given} to merge", where=where, remedy="give a lower number"))
+    return AdapterOptions(
+        networks=networks,
+        merged=merged,
+        merge_for_batches=parsed["network_pre_calc"],
+        folder=None if parsed["lora_dir"] is None else Path(parsed["lora_dir"]),
+        tag_style=parsed["lora_tag_style"],
+        trigger_words=parsed["apply_trigger_words"],
+        show_metadata=parsed["network_show_meta"],
+    )
 
 
 def _networks(parsed: ParsedOptions, problems: list[UserError]) -> tuple[NetworkUse, ...]:

@@ -1,42 +1,32 @@
-"""Prompts and negative prompts as conditions of one length."""
+"""Texts as conditions for the denoiser, each computed once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.conditioning import clip_text, prompt_weights
-from library.conditioning.clip_text import CHUNK
-from library.generation.requests import ImageRequest
+from library.conditioning import clip_text
+from library.generation.placing import on_device
 
+REMEMBERED = 512  # conditions; one of SD1 has 0.2 MB in fp32
 
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """What the denoiser is told, for every picture of a batch.
-
-    Attributes:
-        positive: (B, L, D).
-        negative: the same, or None without guidance.
-    """
-
-    positive: Tensor
-    negative: Tensor | None
+Chunks = list[list[tuple[int, float]]]
 
 
 class PromptEncoder:
-    """Encodes the texts of requests.
+    """Encodes texts without tags.
 
-    A prompt is cut into chunks of 75 tokens, as many as the longer of it and its negative prompt needs, for both. Requests
-    that need different numbers do not share a batch: more (empty) chunks would change the picture.
+    A text is cut into chunks of 75 tokens. All rows of a batch have as many as the longest text of the picture needs, and
+    pictures that need different numbers do not share a batch: more (empty) chunks would change a picture.
 
     Args:
         max_chunks: 1 or more; tokens beyond are dropped, with a note.
         note: is told what was dropped, once per text.
+        stays: whether the text encoder is on the device all the time, and not just while it computes.
     """
 
     def __init__(
@@ -46,44 +36,64 @@ class PromptEncoder:
         *,
         max_chunks: int,
         note: Callable[[str], None],
+        stays: bool = True,
     ) -> None:
         self._tokenizer, self._text_encoder = tokenizers[0], text_encoders[0]
-        self._max_chunks, self._note = max_chunks, note
-        self._known_chunks: dict[str, int] = {}
+        self._max_chunks, self._note, self._stays = max_chunks, note, stays
+        self._known_chunks: dict[tuple[str, bool], Chunks] = {}
+        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
 
-    def chunks_needed(self, request: ImageRequest) -> int:
-        """Chunks of the prompt, and of the negative prompt where it has an effect."""
-        texts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
-        return max(map(self._chunks_of, texts))
+    def chunks_needed(self, texts: Iterable[str], *, extended: bool) -> int:
+        """Chunks of the longest of several texts.
 
-    def _chunks_of(self, text: str) -> int:
-        if text not in self._known_chunks:
-            parts = prompt_weights.parse(text)
-            tokens = sum(len(clip_text.token_ids(self._tokenizer, part)) for part, _ in parts)
-            room = self._max_chunks * CHUNK
-            if tokens > room:
-                self._note(f"the prompt {shortened(text)!r} has {tokens} tokens; the last {tokens - room} are left out")
-            self._known_chunks[text] = min(self._max_chunks, max(1, math.ceil(tokens / CHUNK)))
-        return self._known_chunks[text]
-
-    def encode(self, requests: Sequence[ImageRequest], device: torch.device) -> Conditions:
-        """Conditions of a batch; its requests need the same number of chunks, and all are guided or none is.
-
-        Equal texts are encoded once.
+        Args:
+            extended: read `BREAK`.
         """
-        chunks = max(map(self.chunks_needed, requests))
-        keys = [(request.prompt, request.clip_skip) for request in requests]
-        if requests[0].guided:
-            keys += [(request.negative_prompt, request.clip_skip) for request in requests]
-        encoded = {key: self._encode(key[0], key[1], chunks).to(device) for key in dict.fromkeys(keys)}
-        contexts = torch.cat([encoded[key] for key in keys])
-        count = len(requests)
-        return Conditions(positive=contexts[:count], negative=contexts[count:] if requests[0].guided else None)
+        return max(len(self._chunks_of(text, extended)) for text in texts)
 
-    def _encode(self, text: str, clip_skip: int | None, chunks: int) -> Tensor:
-        """(1, L, D)."""
-        tokens = clip_text.tokenize(self._tokenizer, [text], max_length=CHUNK * chunks, weighted=True)
-        return clip_text.encode(self._text_encoder, tokens, clip_skip=clip_skip, weight_mode="keep_mean")
+    def _chunks_of(self, text: str, extended: bool) -> Chunks:
+        if (text, extended) not in self._known_chunks:
+            chunks = clip_text.text_chunks(self._tokenizer, text, breaks=extended)
+            dropped = sum(map(len, chunks[self._max_chunks :]))
+            if dropped:
+                total = sum(map(len, chunks))
+                self._note(f"the prompt {shortened(text)!r} has {total} tokens; the last {dropped} are left out")
+            self._known_chunks[text, extended] = chunks[: self._max_chunks]
+        return self._known_chunks[text, extended]
+
+    def encode(
+        self,
+        text: str,
+        *,
+        chunks: int,
+        clip_skip: int | None,
+        extended: bool,
+        state: Hashable,
+        prepare: Callable[[], object],
+        device: torch.device,
+    ) -> Tensor:
+        """(1, chunks * 75 + 2, D): the condition of a text.
+
+        Args:
+            chunks: as many as `chunks_needed` or more.
+            state: of the text encoder: equal where it computes the same.
+            prepare: brings it into that state; called if there is something to compute.
+        """
+        key = (text, chunks, clip_skip, extended, state)
+        if key not in self._known:
+            tokens = clip_text.chunk_batch(self._tokenizer, [self._chunks_of(text, extended)], chunks=chunks)
+            prepare()
+            with on_device(self._text_encoder, device, stays=self._stays):
+                condition = clip_text.encode(self._text_encoder, tokens, clip_skip=clip_skip, weight_mode="keep_mean")
+            self._known[key] = condition.to(device)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def forget(self) -> None:
+        """Drop what was computed, since the text encoder may change."""
+        self._known.clear()
 
 
 def shortened(text: str, length: int = 40) -> str:

@@ -2,79 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from library.checkpoints.base_model import BaseModelFiles
 from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
-from library.generation.options import GenerationOptions
-from library.generation.pipeline import Pipeline, PipelineModels
+from library.generation.adapters import AdapterKey, AdapterRack
+from library.generation.options import AdapterOptions, GenerationOptions, ModelOptions, NetworkUse
+from library.generation.pipeline import Pipeline, PipelineModels, PipelineSettings
+from library.prompts.lora_tags import LoraTag
+from networks import lora
 from networks.building.network import AdapterNetwork, merge_for_good
+from networks.building.targets import family_of_models
 from networks.building.third_party import ThirdPartyModule, require_all_loaded
+from networks.formats.files import AdapterFile, read_adapter
+from networks.formats.keys import by_layer
 from networks.registry import load_network_module
+from networks.tools.rank_cutting import cut_layer
 
 
-def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles) -> Pipeline:
+def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, find: Callable[[LoraTag], Path]) -> Pipeline:
     """Load the models, put the adapters on them, and make the pipeline.
+
+    Args:
+        find: the file that a tag names.
+    """
+    models = load_models(options.model, base_model)
+    rack = load_rack(options.adapters, models, find)
+    batch_size = options.pictures.batch_size
+    decoded = options.model.vae_batch_size
+    settings = PipelineSettings(
+        max_chunks=options.model.max_chunks,
+        vae_batch_size=max(1, int(decoded if decoded >= 1 else batch_size * decoded)),
+        offload=options.model.offload,
+    )
+    return Pipeline(models, settings, rack=rack, note=print)
+
+
+def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineModels:
+    """The base model's parts.
 
     The VAE is loaded in fp32: in fp16 it overflows for some pictures, and it runs once per picture only.
     """
     device = best_device()
-    dtype = compute_dtype(options.model.precision, device, where=f"--{options.model.precision}")
+    dtype = compute_dtype(options.precision, device, where=f"--{options.precision}")
     denoiser: Any = base_model.load_denoiser(dtype=dtype, device=device)
-    vae: Any = base_model.load_vae(dtype=torch.float32, device=device)
-    models = PipelineModels(
+    if options.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    aside = "cpu" if options.offload else device
+    vae: Any = base_model.load_vae(dtype=torch.float32, device=aside)
+    if options.vae_tiling:
+        vae.enable_tiling()
+    if options.xformers and (note := use_xformers(denoiser, device)):
+        print(note)
+    return PipelineModels(
         denoiser=denoiser,
         vae=vae,
-        text_encoders=base_model.load_text_encoders(dtype=dtype, device=device),
+        text_encoders=base_model.load_text_encoders(dtype=dtype, device=aside),
         tokenizers=base_model.load_tokenizers(),
         latent_scale=base_model.family.latent_scale,
         latent_channels=base_model.family.latent_channels,
         prediction_type=base_model.resolved_prediction_type,
-        zero_terminal_snr=options.model.zero_terminal_snr,
+        zero_terminal_snr=options.zero_terminal_snr,
     )
-    networks = attach_networks(options, models)
-    if options.model.xformers:
-        note = use_xformers(models.denoiser, device)
-        if note:
-            print(note)
-    return Pipeline(replace(models, others=networks), max_chunks=options.model.max_chunks, note=print)
 
 
-def attach_networks(options: GenerationOptions, models: PipelineModels) -> list[Any]:
-    """Every adapter on the models or, with --network_merge, in their weights; returns those that are attached."""
-    networks = []
-    to_merge: list[AdapterNetwork] = []
+def load_rack(options: AdapterOptions, models: PipelineModels, find: Callable[[LoraTag], Path] | None = None) -> AdapterRack:
+    """The adapters of the command line, loaded, and the way to those that tags name.
+
+    The first `merged` of them go into the models' weights for good.
+    """
+    parameter = next(models.denoiser.parameters())
+    given = [(AdapterKey(use.file, given=number), use) for number, use in enumerate(options.networks)]
+    rack = AdapterRack(
+        given=[(key, use.strength) for key, use in given[options.merged :]],
+        find=find,
+        load=partial(_of_tag, models=models),
+        device=parameter.device,
+        merges=options.merge_for_batches,
+    )
+    _merge([use for _, use in given[: options.merged]], models)
+    for key, use in given[options.merged :]:
+        network, weights = _of_command(use, models)
+        if not isinstance(network, AdapterNetwork):
+            network.apply_to(models.text_encoders, models.denoiser, True, True)
+            require_all_loaded(network.load_state_dict(weights, strict=False), f"--network_weights {use.file}")
+        rack.add(key, _placed(network, parameter))
+    return rack
+
+
+def _placed(network: Any, parameter: Tensor) -> Any:
+    return network.to(parameter.device, parameter.dtype).eval().requires_grad_(False)
+
+
+def _of_command(use: NetworkUse, models: PipelineModels) -> tuple[Any, Any]:
+    """A network and its tensors, not attached."""
+    module: Any = load_network_module(use.module)
+    network, weights = module.create_network_from_weights(
+        use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
+    )
+    _tell(use.file, network)
+    return network, weights
+
+
+def _tell(file: Path, network: Any) -> None:
+    report = getattr(network, "load_report", None)
+    if report is not None:
+        print(f"{file.name}: {report}")
+
+
+def _merge(uses: Sequence[NetworkUse], models: PipelineModels) -> None:
+    """Add adapters to the weights for good.
+
+    Raises:
+        UserError: one that cannot be merged.
+    """
+    parameter = next(models.denoiser.parameters())
+    ours: list[AdapterNetwork] = []
     merges_of_others: list[Callable[[], object]] = []
-    for use in options.networks:
+    for use in uses:
         module: Any = load_network_module(use.module)
-        if options.merge_networks and isinstance(module, ThirdPartyModule):
+        if isinstance(module, ThirdPartyModule):
             module.check_merging(f"--network_weights {use.file}")
-        network, weights = module.create_network_from_weights(
-            use.strength, str(use.file), models.vae, models.text_encoders, models.denoiser, for_inference=True, **use.args
-        )
-        report = getattr(network, "load_report", None)
-        if report is not None:
-            print(f"{use.file.name}: {report}")
-        parameter = next(models.denoiser.parameters())
-        if options.merge_networks:
-            if not getattr(network, "is_mergeable", lambda: False)():
-                raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
-            if isinstance(network, AdapterNetwork):
-                to_merge.append(network)
-                continue
-            merge = partial(network.merge_to, models.text_encoders, models.denoiser, weights)
-            merges_of_others.append(partial(merge, parameter.dtype, parameter.device))
+        network, weights = _of_command(use, models)
+        if not getattr(network, "is_mergeable", lambda: False)():
+            raise UserError("cannot be merged into the model", where=str(use.file), remedy="leave out --network_merge")
+        if isinstance(network, AdapterNetwork):
+            ours.append(network)
             continue
-        network.apply_to(models.text_encoders, models.denoiser, True, True)
-        require_all_loaded(network.load_state_dict(weights, strict=False), f"--network_weights {use.file}")
-        networks.append(network.to(parameter.device, parameter.dtype).eval().requires_grad_(False))
-    merge_for_good(to_merge)  # first, since changes of these may depend on the base weights
+        merge = partial(network.merge_to, models.text_encoders, models.denoiser, weights)
+        merges_of_others.append(partial(merge, parameter.dtype, parameter.device))
+    merge_for_good(ours)  # first, since changes of these may depend on the base weights
     for merge_other in merges_of_others:
         merge_other()
-    return networks
+
+
+def _of_tag(key: AdapterKey, *, models: PipelineModels) -> AdapterNetwork:
+    """The network of a file that a tag names."""
+    family = family_of_models(models.text_encoders, models.denoiser)
+    cut = None if key.rank is None else at_rank(read_adapter(key.file, family), key.rank)
+    network, _ = lora.create_network_from_weights(
+        1.0, key.file, None, models.text_encoders, models.denoiser, weights_sd=cut, for_inference=True
+    )
+    _tell(key.file, network)
+    placed: AdapterNetwork = _placed(network, next(models.denoiser.parameters()))
+    return placed
+
+
+def at_rank(file: AdapterFile, rank: int) -> dict[str, Tensor]:
+    """The tensors of a LoRA file at a lower rank.
+
+    A DyLoRA file gives that rank as it was trained. Of others, the first directions are kept as they are, as web UIs do.
+
+    Raises:
+        UserError: it has layers of another algorithm.
+    """
+    trained = file.metadata.get("ss_network_module") == "networks.dylora"
+    tensors: dict[str, Tensor] = {}
+    for name, layer in by_layer(file.tensors).items():
+        if "lora_down.weight" not in layer or "lora_mid.weight" in layer:
+            what = f"{name} cannot be cut to a rank: it is no plain LoRA"
+            raise UserError(what, where=file.where, remedy="take the rank out")
+        own, cut = len(layer["lora_down.weight"]), cut_layer(layer, rank)
+        if rank < own and not trained:
+            alpha = float(layer.get("alpha", torch.zeros(()))) or float(own)
+            cut["alpha"] = torch.tensor(alpha * rank / own)
+        tensors |= {f"{name}.{key}": value for key, value in cut.items()}
+    return tensors

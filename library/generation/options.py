@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which base model and how it computes. `v2`, `v_parameterization` are None where the user said nothing."""
+    """Which base model and how it computes. `v2`, `v_parameterization` are None where the user said nothing.
+
+    Attributes:
+        embeddings: files of textual inversion.
+        vae_batch_size: pictures that the VAE decodes at the same time; below 1 a share of the batch.
+        vae_tiling: let the VAE work on a picture in pieces.
+        offload: keep text encoders and VAE in the machine's memory while they do not compute.
+    """
 
     path: str
     vae: str | None = None
@@ -21,12 +28,18 @@ class ModelOptions:
     zero_terminal_snr: bool = False
     precision: Precision = "fp32"
     xformers: bool = False
+    channels_last: bool = False
+    compile: bool = False
     max_chunks: int = 3
+    embeddings: tuple[Path, ...] = ()
+    vae_batch_size: float = 1
+    vae_tiling: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkUse:
-    """One adapter file, its strength, and the module that reads it."""
+    """One adapter of the command line, its strength, and the module that reads it."""
 
     file: Path
     strength: float = 1.0
@@ -35,26 +48,98 @@ class NetworkUse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureOptions:
-    """What is drawn. `width` and `height` are None for the base model's own size, `seed` for one of chance.
+class AdapterOptions:
+    """The adapters of a run.
 
     Attributes:
-        prompt, prompt_file: exactly one of them.
+        networks: of the command line.
+        merged: how many of them, from the first, are merged into the model for good.
+        merge_for_batches: have adapters in the weights for the time of a batch, where their strengths stay the same.
+        folder: where names in tags are looked up; None for nowhere.
+        tag_style: see `ImageRequest.lora_tag_style`.
+        trigger_words: how many of an adapter's trigger words prompts get that have them not; -1 for the trained ones.
+        show_metadata: print what the command line's files say of themselves.
+    """
+
+    networks: tuple[NetworkUse, ...] = ()
+    merged: int = 0
+    merge_for_batches: bool = False
+    folder: Path | None = None
+    tag_style: str = "sdnext"
+    trigger_words: int = 0
+    show_metadata: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    """ControlNets, one entry for each in every tuple.
+
+    Attributes:
+        models: files or folders.
+        preprocessors: what makes hints of pictures.
+        strengths: factors of what they add.
+        shares: of the steps with them.
+        hints: files and folders of hint pictures.
+    """
+
+    models: tuple[Path, ...] = ()
+    preprocessors: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+    hints: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """What is drawn.
+
+    Attributes:
+        prompt, prompt_file, recipes, interactive: where prompts come from.
+        settings: fields of `ImageRequest` that prompts do not say; without a size, the base model's own.
+        given: those of them that the command line says, which come before what recipes say.
+        seed: of the command; None for one of chance.
+        images, masks: files and folders to begin from.
         iterations: how often the whole list of prompts is drawn, each time with other seeds.
+        same_seed: one seed for all pictures of an iteration.
+        shuffled: prompts in another order in each iteration.
+        wildcards: folder of word lists.
+        compare_base: draw each picture without adapters too.
+        axes: of a grid; none for single pictures.
     """
 
     prompt: str | None = None
     prompt_file: Path | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int = 50
-    scale: float = 7.5
-    sampler: str = "ddim"
+    recipes: tuple[Path, ...] = ()
+    interactive: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
     seed: int | None = None
-    clip_skip: int | None = None
+    images: Path | None = None
+    masks: Path | None = None
     images_per_prompt: int = 1
     iterations: int = 1
     batch_size: int = 1
+    same_seed: bool = False
+    shuffled: bool = False
+    wildcards: Path | None = None
+    compare_base: bool = False
+    axes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where pictures go and how they are called.
+
+    Attributes:
+        sequential_names: im_000001.png and so on.
+        original_names: as the picture that one began from.
+        save_first_stage: of pictures in two stages the first one's too.
+    """
+
+    folder: Path
+    sequential_names: bool = False
+    original_names: bool = False
+    save_first_stage: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +148,6 @@ class GenerationOptions:
 
     model: ModelOptions
     pictures: PictureOptions
-    output_folder: Path
-    networks: tuple[NetworkUse, ...] = ()
-    merge_networks: bool = False
-    sequential_names: bool = False
+    output: OutputOptions
+    adapters: AdapterOptions = AdapterOptions()
+    control: ControlOptions = ControlOptions()

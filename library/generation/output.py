@@ -8,34 +8,60 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.generation.options import OutputOptions
+
 if TYPE_CHECKING:
     from library.generation.pipeline import Step
+    from library.generation.planning import PlannedPicture
     from library.generation.requests import ImageRequest
 
+Namer = Callable[[int, "PlannedPicture", str], Path]
+"""The path of a picture from its number, what it is, and what its name has before the number ("0" for a first stage)."""
 
-def timed_names(folder: Path) -> Callable[[int, int], Path]:
-    """im_{time}_{number}_{seed}.png, as sd-scripts names it; never one that exists.
 
-    The time is the command's for all its pictures, so that sorting by name sorts them by prompt.
-    """
-    started = time.strftime("%Y%m%d%H%M%S")
+def namer(options: OutputOptions) -> Namer:
+    """Names as the options want them; a name that a prompt gives comes first. None is that of a file that exists."""
+    own = sequential_names(options.folder) if options.sequential_names else timed_names(options.folder)
 
-    def name(number: int, seed: int) -> Path:
-        stem = f"im_{started}_{number:03d}_{seed}"
-        path, copies = folder / f"{stem}.png", 1
-        while path.exists():
-            copies += 1
-            path = folder / f"{stem}_{copies}.png"
-        return path
+    def name(number: int, picture: PlannedPicture, stage: str = "") -> Path:
+        stem = None
+        if picture.file_name is not None:
+            stem = Path(picture.file_name).stem
+        elif options.original_names and picture.request.image is not None:
+            stem = Path(picture.request.image).stem
+        if stem is None:
+            return own(number, picture.request.seed, stage)
+        return free_path(options.folder / f"{stem}{'_' * bool(stage)}{stage}.png")
 
     return name
 
 
-def sequential_names(folder: Path) -> Callable[[int, int], Path]:
-    """im_000001.png and so on, after the highest number in the folder; sd-scripts begins at 1 and overwrites."""
-    numbers = [int(path.stem[3:]) for path in folder.glob("im_*.png") if path.stem[3:].isdecimal()]
+def timed_names(folder: Path) -> Callable[[int, int, str], Path]:
+    """im_{time}_{stage}{number}_{seed}.png, as sd-scripts names it.
+
+    The time is the command's for all its pictures, so that sorting by name sorts them by prompt.
+    """
+    started = time.strftime("%Y%m%d%H%M%S")
+    return lambda number, seed, stage: free_path(folder / f"im_{started}_{stage}{number:03d}_{seed}.png")
+
+
+def sequential_names(folder: Path) -> Callable[[int, int, str], Path]:
+    """im_000001.png and so on, after the highest number in the folder; sd-scripts begins at 1 and overwrites.
+
+    A stage stands before the number, which counts the same: im_0000001.png.
+    """
+    numbers = [int(path.stem[3:9]) for path in folder.glob("im_??????.png") if path.stem[3:].isdecimal()]
     first = max(numbers, default=0) + 1
-    return lambda number, _: folder / f"im_{first + number:06d}.png"
+    return lambda number, _, stage: free_path(folder / f"im_{stage}{first + number:06d}.png")
+
+
+def free_path(path: Path) -> Path:
+    """The path, or where there is something already, with the lowest number behind its stem that makes it free."""
+    free, copies = path, 1
+    while free.exists():
+        copies += 1
+        free = path.with_stem(f"{path.stem}_{copies}")
+    return free
 
 
 class DrawingProgress:
@@ -47,7 +73,7 @@ class DrawingProgress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=sum(request.steps for request in requests), unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=sum(map(_steps_of, requests)), unit="step", dynamic_ncols=True)
 
     def before_step(self, step: Step) -> None:
         """Samplers that call the denoiser twice a step count half a step each time."""
@@ -71,3 +97,7 @@ class DrawingProgress:
         """Leave the terminal in order."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _steps_of(request: ImageRequest) -> int:
+    return request.steps + (request.highres_steps if request.highres_scale is not None else 0)

@@ -3,8 +3,9 @@
 The models are borrowed: what is in training mode is so again afterwards, what was on another device is back there, and no
 global random state is touched, so pictures can be made in the middle of a training.
 
-All noise of a picture comes from a CPU generator of its own, seeded with its seed: the initial latents first, then what the
-sampler draws. So neither batch nor device changes it, and it is the noise that diffusers draws from such a generator.
+All noise of a picture comes from a CPU generator of its own, seeded with its seed: of an image to begin from first its
+posterior's, then the initial latents, then what the sampler draws. So neither batch nor device changes it, and it is the
+noise that diffusers draws from such a generator.
 """
 
 from __future__ import annotations
@@ -12,19 +13,27 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.generation.encoding import Conditions, PromptEncoder
-from library.generation.requests import LATENT_FACTOR, ImageRequest
-from library.generation.samplers import make_scheduler, takes_generator
+from library.generation import picture_files
+from library.generation.adapters import AdapterRack
+from library.generation.codec import LatentCodec
+from library.generation.encoding import PromptEncoder, shortened
+from library.generation.predictions import BatchPredictions, Control
+from library.generation.requests import LATENT_FACTOR, ImageRequest, floored_size
+from library.generation.rows import Row, rows_of
+from library.generation.samplers import denoising_timesteps, make_scheduler, takes_generator
+from library.prompts.sub_prompts import read_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from library.prompts.sub_prompts import SubPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +45,25 @@ class Step:
     count: int
 
 
-def _nothing(_: Any) -> None:
+def _nothing(*_: Any) -> None:
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Where others take part in the making of a batch, such as strengths of adapters.
+    """Where others take part in the making of a batch.
 
     Attributes:
         batch_key: requests go into one batch only if this is equal for them.
         before_encoding: called with the requests of a batch before their texts are encoded.
         before_step: called before every call of the denoiser.
+        first_stage: called with each request drawn in two stages and the picture of its first.
     """
 
     batch_key: Callable[[ImageRequest], Hashable] = _nothing
     before_encoding: Callable[[Sequence[ImageRequest]], None] = _nothing
     before_step: Callable[[Step], None] = _nothing
+    first_stage: Callable[[ImageRequest, Image], None] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +92,67 @@ class PipelineModels:
         return [self.denoiser, self.vae, *self.text_encoders, *self.others]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What pictures begin from instead of noise alone.
+
+    Attributes:
+        latents: (B, C, h, w), in the denoiser's units.
+        strength: share of the steps that are made.
+        mask: (B, 1, h, w), 1 where pictures are drawn anew; None for everywhere.
+    """
+
+    latents: Tensor
+    strength: float
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """How pictures are computed.
+
+    Attributes:
+        max_chunks: how many pieces of 75 tokens a prompt may have; what is longer is cut, with a note.
+        autocast: compute denoiser and text encoders in this type where weights are in another one; None: as they are.
+        vae_batch_size: pictures that the VAE decodes at the same time.
+        offload: keep VAE and text encoders where they are, and have them on the denoiser's device only while they compute.
+    """
+
+    max_chunks: int = 3
+    autocast: torch.dtype | None = None
+    vae_batch_size: int = 1
+    offload: bool = False
+
+
 class Pipeline:
     """Makes pictures.
 
     Args:
         models: see there; they are borrowed for the time of a call.
-        max_chunks: how many pieces of 75 tokens a prompt may have; what is longer is cut, with a note.
-        autocast: compute denoiser and text encoders in this type where weights are in another one; None: as they are.
+        settings: see there.
+        rack: the adapters that requests may want.
+        control: takes part in every call of the denoiser.
         note: is told what a user should know, one sentence each.
     """
 
     def __init__(
         self,
         models: PipelineModels,
+        settings: PipelineSettings | None = None,
         *,
-        max_chunks: int = 3,
-        autocast: torch.dtype | None = None,
+        rack: AdapterRack | None = None,
+        control: Control | None = None,
         note: Callable[[str], None] = _nothing,
     ) -> None:
-        self.models = models
-        self.encoder = PromptEncoder(models.tokenizers, models.text_encoders, max_chunks=max_chunks, note=note)
-        self._autocast = autocast
-        self._note = note
+        settings = settings or PipelineSettings()
+        self.models, self._settings, self._note = models, settings, note
+        self._rack, self._control = rack or AdapterRack(), control
+        stays = not settings.offload
+        self._encoder = PromptEncoder(
+            models.tokenizers, models.text_encoders, max_chunks=settings.max_chunks, note=note, stays=stays
+        )
+        batch_size = settings.vae_batch_size
+        self._codec = LatentCodec(models.vae, scale=models.latent_scale, batch_size=batch_size, stays=stays, note=note)
 
     @property
     def device(self) -> torch.device:
@@ -126,36 +176,116 @@ class Pipeline:
         The models are given back when the iterator ends or is closed.
         """
         hooks = hooks or Hooks()
-        with self._borrowed_models():
+        with self._borrowed_models(), self._rack.borrowed():
+            self._encoder.forget()
             for numbers in self._batches(requests, batch_size, hooks):
                 yield from zip(numbers, self._make_batch([requests[number] for number in numbers], hooks), strict=True)
 
     def _batches(self, requests: Sequence[ImageRequest], batch_size: int, hooks: Hooks) -> Iterator[list[int]]:
-        """Numbers of requests that share size, steps, sampler and length of text; groups in order of their first request."""
+        """Numbers of requests whose sampling goes through the same steps; groups in order of their first request."""
         groups: dict[Hashable, list[int]] = {}
         for number, request in enumerate(requests):
-            size = (request.width, request.height)
-            chunks = self.encoder.chunks_needed(request)
-            key = (size, request.steps, request.sampler, request.guided, chunks, hooks.batch_key(request))
+            begins = (request.image is None, request.mask is None, request.strength)
+            stages = (request.highres_scale, request.highres_steps, request.highres_strength, request.highres_latents)
+            loop = (request.width, request.height, request.steps, request.sampler, begins, stages)
+            rows = self._rows(request, maps=False)
+            merged = tuple(frozenset(row.acting.items()) for row in rows) if self._rack.merges else None
+            key = (loop, request.guided, self._chunks(request, rows), merged, hooks.batch_key(request))
             groups.setdefault(key, []).append(number)
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 yield group[start : start + batch_size]
 
+    def _rows(self, request: ImageRequest, *, maps: bool = True) -> list[Row]:
+        sub_prompts = read_sub_prompts(request)
+        regional = request.regions is not None
+        acting = self._rack.acting(sub_prompts, request.network_strengths, regional=regional)
+        regions = None
+        if request.regions is not None and maps:
+            size, colors = (request.width, request.height), request.region_colors
+            regions = picture_files.region_maps(request.regions, len(sub_prompts), *size, colors=colors)
+        return rows_of(request, sub_prompts, acting, regions)
+
+    def _chunks(self, request: ImageRequest, rows: Sequence[Row]) -> int:
+        return self._encoder.chunks_needed([row.text for row in rows], extended=request.extended)
+
     @torch.no_grad()
     def _make_batch(self, requests: Sequence[ImageRequest], hooks: Hooks) -> list[Image]:
         with _untouched_random_state(self.device), self._precision():
             hooks.before_encoding(requests)
-            conditions = self.encoder.encode(requests, self.device)
-            latents = self._denoise(requests, conditions, hooks)
+            acting = [row.acting for request in requests for row in self._rows(request, maps=False)]
+            with self._rack.merged(acting) as merged:
+                latents = self._drawn(requests, hooks, merged=merged)
         if not torch.isfinite(latents).all():
             raise UserError(
                 f"the picture of seed {requests[0].seed} came out as no numbers (NaN)",
                 remedy="use --bf16 or full precision instead of --fp16, and check the networks' strengths",
             )
-        return [self._decode(latents[row : row + 1]) for row in range(len(requests))]
+        return list(self._codec.decode(latents))
 
-    def _denoise(self, requests: Sequence[ImageRequest], conditions: Conditions, hooks: Hooks) -> Tensor:
+    def _drawn(self, requests: Sequence[ImageRequest], hooks: Hooks, *, merged: bool) -> Tensor:
+        """(B, C, h, w) of finished pictures, in one stage or two."""
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        if requests[0].highres_scale is None:
+            return self._denoise(requests, generators, self._source(requests, generators), hooks, merged=merged)
+        firsts = [first_stage(request) for request in requests]
+        small = self._denoise(firsts, generators, self._source(firsts, generators), hooks, merged=merged)
+        # As in sd-scripts, the second stage draws from the seed behind.
+        generators = [torch.Generator().manual_seed(request.seed + 1) for request in requests]
+        source = self._enlarged(requests, firsts, small, generators, hooks)
+        return self._denoise(requests, generators, source, hooks, merged=merged)
+
+    def _source(self, requests: Sequence[ImageRequest], generators: Sequence[torch.Generator]) -> _Source | None:
+        """What a batch begins from; None where that is noise alone."""
+        if requests[0].image is None:
+            return None
+        pictures = [
+            picture_files.read_pixels(request.image, request.width, request.height)
+            for request in requests
+            if request.image is not None
+        ]
+        latents = self._codec.encode(pictures, generators, self.device)
+        return _Source(latents=latents, strength=requests[0].strength, mask=self._mask(requests))
+
+    def _mask(self, requests: Sequence[ImageRequest]) -> Tensor | None:
+        if requests[0].mask is None:
+            return None
+        masks = [picture_files.read_mask(each.mask, each.width, each.height) for each in requests if each.mask is not None]
+        return torch.stack(masks).to(self.device)
+
+    def _enlarged(
+        self,
+        requests: Sequence[ImageRequest],
+        firsts: Sequence[ImageRequest],
+        small: Tensor,
+        generators: Sequence[torch.Generator],
+        hooks: Hooks,
+    ) -> _Source:
+        """A first stage's latents at the size of the second."""
+        width, height = requests[0].width, requests[0].height
+        if hooks.first_stage is not _nothing or not requests[0].highres_latents:
+            pictures = list(self._codec.decode(small))
+            for first, picture in zip(firsts, pictures, strict=True):
+                hooks.first_stage(first, picture)
+        if requests[0].highres_latents:
+            size = (height // LATENT_FACTOR, width // LATENT_FACTOR)
+            latents = nn.functional.interpolate(small, size=size, mode="bicubic", align_corners=False)
+        else:
+            from PIL.Image import Resampling
+
+            large = [picture_files.pixels_of(picture.resize((width, height), Resampling.LANCZOS)) for picture in pictures]
+            latents = self._codec.encode(large, generators, self.device)
+        return _Source(latents=latents, strength=requests[0].strength, mask=self._mask(requests))
+
+    def _denoise(
+        self,
+        requests: Sequence[ImageRequest],
+        generators: Sequence[torch.Generator],
+        source: _Source | None,
+        hooks: Hooks,
+        *,
+        merged: bool,
+    ) -> Tensor:
         """(B, C, h, w) fp32, in the denoiser's units."""
         first, device = requests[0], self.device
         scheduler = make_scheduler(
@@ -165,68 +295,47 @@ class Pipeline:
             zero_terminal_snr=self.models.zero_terminal_snr,
             device=device,
         )
-        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        sampler_noise = {"generator": generators} if takes_generator(scheduler) else {}
-        scales = torch.tensor([request.scale for request in requests], device=device).view(-1, 1, 1, 1)
-        latents = self._initial_latents(requests, generators).to(device) * scheduler.init_noise_sigma
-        count = len(scheduler.timesteps)
-        for number, timestep in enumerate(scheduler.timesteps):
-            hooks.before_step(Step(requests=requests, number=number, count=count))
-            model_input = scheduler.scale_model_input(latents, timestep)
-            prediction = self._predict(model_input, timestep, conditions, scales)
+        timesteps = scheduler.timesteps
+        calls_per_step = len(timesteps) / first.steps
+        if source is not None:
+            timesteps = denoising_timesteps(scheduler, source.strength, first.steps)
+        noise = self._noise(first, generators).to(device)
+        latents = _first_latents(scheduler, timesteps, noise, source)
+        sampler_noise = {"generator": list(generators)} if takes_generator(scheduler) else {}
+        predictions = self._predictions(requests, merged=merged)
+        for number, timestep in enumerate(timesteps):
+            hooks.before_step(Step(requests=requests, number=number, count=len(timesteps)))
+            place, steps = int(number / calls_per_step), max(1, round(len(timesteps) / calls_per_step))
+            prediction = predictions.of(scheduler.scale_model_input(latents, timestep), timestep, place, steps)
             latents = scheduler.step(prediction, timestep, latents, **sampler_noise).prev_sample
+            if source is not None and source.mask is not None:
+                later = timesteps[number + 1 : number + 2]
+                kept = scheduler.add_noise(source.latents, noise, later) if len(later) else source.latents
+                latents = torch.where(source.mask > 0, latents, kept)
         return latents
 
-    def _initial_latents(self, requests: Sequence[ImageRequest], generators: Sequence[torch.Generator]) -> Tensor:
+    def _predictions(self, requests: Sequence[ImageRequest], *, merged: bool) -> BatchPredictions:
+        pictures = [self._rows(request) for request in requests]
+        return BatchPredictions(
+            self.models.denoiser,
+            requests,
+            pictures,
+            chunks=max(map(self._chunks, requests, pictures)),
+            encoder=self._encoder,
+            rack=None if merged else self._rack,
+            control=self._control,
+        )
+
+    def _noise(self, request: ImageRequest, generators: Sequence[torch.Generator]) -> Tensor:
         """(B, C, h, w), standard normal, on the CPU."""
-        height, width = requests[0].height // LATENT_FACTOR, requests[0].width // LATENT_FACTOR
+        height, width = request.height // LATENT_FACTOR, request.width // LATENT_FACTOR
         shape = (1, self.models.latent_channels, height, width)
         return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Conditions, scales: Tensor) -> Tensor:
-        """The denoiser's prediction, with classifier-free guidance where there is a negative condition.
-
-        Ho and Salimans, arXiv:2207.12598, in the form negative + scale * (positive - negative).
-        """
-        context = conditions.positive
-        if conditions.negative is not None:
-            context = torch.cat([conditions.negative, conditions.positive])
-            latents = torch.cat([latents, latents])
-        dtype = next(self.models.denoiser.parameters()).dtype
-        prediction = self.models.denoiser(
-            latents.to(dtype), timestep, encoder_hidden_states=context.to(dtype)
-        ).sample.float()
-        if conditions.negative is None:
-            return prediction
-        negative, positive = prediction.chunk(2)
-        return negative + scales * (positive - negative)
-
-    def _decode(self, latents: Tensor) -> Image:
-        """One picture from (1, C, h, w); a VAE in half precision that overflows is asked again in fp32."""
-        pixels = self._decode_in_own_type(latents)
-        if not torch.isfinite(pixels).all():
-            vae = self.models.vae
-            dtype = next(vae.parameters()).dtype
-            self._note(
-                f"the VAE overflowed in {dtype}; this picture is decoded in fp32 (--no_half_vae avoids the repetition)"
-            )
-            try:
-                pixels = self._decode_in_own_type(latents, vae.float())
-            finally:
-                vae.to(dtype)
-        if not torch.isfinite(pixels).all():
-            raise UserError("the VAE gives no numbers (NaN) even in fp32", remedy="use another VAE file with --vae")
-        return _to_image(pixels[0])
-
-    def _decode_in_own_type(self, latents: Tensor, vae: nn.Module | None = None) -> Tensor:
-        vae = vae or self.models.vae
-        dtype = next(vae.parameters()).dtype
-        return vae.decode((latents / self.models.latent_scale).to(dtype)).sample.float()  # type: ignore[operator]
-
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast is None:
+        if self._settings.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._autocast)
+        return torch.autocast(self.device.type, self._settings.autocast)
 
     @contextlib.contextmanager
     def _borrowed_models(self) -> Iterator[None]:
@@ -236,16 +345,40 @@ class Pipeline:
         try:
             for module in in_training:
                 module.training = False
-            for model, device in devices:
-                if device != self.device:
-                    model.to(self.device)
             yield
         finally:
             for module in in_training:
                 module.training = True
             for model, device in devices:
-                if device != self.device:
+                if next(model.parameters()).device != device:
                     model.to(device)
+
+
+def read_sub_prompts(request: ImageRequest) -> tuple[SubPrompt, ...]:
+    """The sub-prompts of a request's prompt with their tags."""
+    where = f"prompt {shortened(request.prompt)!r}"
+    return read_prompt(request.prompt, where=where, style=request.lora_tag_style, extended=request.extended)
+
+
+def first_stage(request: ImageRequest) -> ImageRequest:
+    """The request of the first of two stages."""
+    assert request.highres_scale is not None
+    width, height = (floored_size(int(side * request.highres_scale)) for side in (request.width, request.height))
+    strength = request.strength if request.highres_strength is None else request.highres_strength
+    return replace(request, width=width, height=height, steps=request.highres_steps, strength=strength, highres_scale=None)
+
+
+def _first_latents(scheduler: Any, timesteps: Tensor, noise: Tensor, source: _Source | None) -> Tensor:
+    """(B, C, h, w) to begin from.
+
+    A masked picture that is drawn anew with all steps begins from noise alone, as in diffusers; without a mask the image
+    still shows through the noise of the first timestep.
+    """
+    if source is None or (source.mask is not None and source.strength >= 1):
+        return noise * scheduler.init_noise_sigma
+    if not len(timesteps):
+        return source.latents
+    return scheduler.add_noise(source.latents, noise, timesteps[:1])
 
 
 @contextlib.contextmanager
@@ -257,11 +390,3 @@ def _untouched_random_state(device: torch.device) -> Iterator[None]:
             yield
     finally:
         random.setstate(python_state)
-
-
-def _to_image(pixels: Tensor) -> Image:
-    """(3, H, W) in [-1, 1] to an 8-bit picture."""
-    from PIL import Image
-
-    scaled = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-    return Image.fromarray(scaled.permute(1, 2, 0).contiguous().numpy())

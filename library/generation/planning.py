@@ -1,4 +1,4 @@
-"""From prompt lines to requests: defaults, sizes, and which seed every picture gets.
+"""From prompt lines to requests: defaults, sizes, choices, pictures to begin from, and which seed every picture gets.
 
 The seed of picture number i of a command is the command's own seed for i = 0 and a pure function of that seed and i for the
 others. So one picture made with --seed S has seed S, a picture's seed does not depend on batches, and each picture can be
@@ -7,26 +7,58 @@ made again alone with the seed in its name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+from library.errors import UserError, attempt, counted
 from library.generation.prompt_options import PromptLine
 from library.generation.requests import ImageRequest, floored_size
-from library.streams import stream_seed
+from library.prompts.choices import Wildcards, enumerate_choices, expand_choices
+from library.streams import python_stream, stream_seed
 
 SEEDS = 2**32  # the range that web interfaces and sd-scripts take
 
+Settings = Mapping[str, Any]
+"""Fields of `ImageRequest`, width and height among them."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDefaults:
-    """What a prompt line does not say; see `ImageRequest`."""
+class PlannedPicture:
+    """One picture of a command.
 
-    width: int
-    height: int
-    steps: int
-    scale: float
-    sampler: str
-    clip_skip: int | None = None
+    Attributes:
+        raw_prompt: before choices were made.
+        file_name: that its line asks for; None leaves it to the command.
+    """
+
+    request: ImageRequest
+    raw_prompt: str
+    file_name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How often lines are drawn.
+
+    Attributes:
+        seed: of the command.
+        images_per_prompt: pictures of each line.
+        iterations: of the whole list, each time with other seeds.
+        same_seed: one seed for all pictures of an iteration.
+        shuffled: lines in another order in each iteration.
+        wildcards: of the prompts; None for none.
+        complete: checks a prompt, given with its place for sentences, and adds what it needs beside, such as trigger words.
+    """
+
+    seed: int
+    images_per_prompt: int = 1
+    iterations: int = 1
+    same_seed: bool = False
+    shuffled: bool = False
+    wildcards: Wildcards | None = None
+    complete: Callable[[str, str], str] = lambda prompt, _: prompt
 
 
 def image_seed(seed: int, number: int) -> int:
@@ -34,38 +66,87 @@ def image_seed(seed: int, number: int) -> int:
     return seed if number == 0 else stream_seed(seed, "image", number) % SEEDS
 
 
-def image_requests(
-    lines: Sequence[PromptLine], defaults: ImageDefaults, *, seed: int, images_per_prompt: int = 1, iterations: int = 1
-) -> list[ImageRequest]:
+def planned_pictures(
+    lines: Sequence[PromptLine], defaults: Settings, plan: Plan, problems: list[UserError]
+) -> list[PlannedPicture]:
     """Every picture of a command: all lines with all their pictures, as often as there are iterations.
 
     Each picture of the command has a number and with it a seed, so that iterations differ. Seeds that a line names itself
-    take the place of that, one per picture of the line, the last one for all further ones; other lines keep theirs.
+    take the place of that, one per picture of the line, the last one for all further ones; other lines keep theirs. What a
+    line enumerates are pictures of one seed.
+
+    Args:
+        problems: gets what is wrong with lines, which then have no pictures.
     """
-    requests: list[ImageRequest] = []
-    for _ in range(iterations):
-        for line in lines:
-            for place in range(images_per_prompt):
-                own = line.seeds[min(place, len(line.seeds) - 1)] if line.seeds else None
-                requests.append(_request(line, defaults, image_seed(seed, len(requests)) if own is None else own))
-    return requests
+    pictures: list[PlannedPicture] = []
+    number = 0
+    for iteration in range(plan.iterations):
+        order = list(lines)
+        if plan.shuffled:
+            python_stream(plan.seed, "order of prompts", iteration).shuffle(order)
+        for line in order:
+            prompts = attempt(partial(enumerate_choices, line.prompt, where=line.where), problems) or ()
+            for place in range(plan.images_per_prompt):
+                seed = image_seed(plan.seed, iteration if plan.same_seed else number)
+                if line.seeds:
+                    seed = line.seeds[min(place, len(line.seeds) - 1)]
+                number += 1
+                for prompt in prompts:
+                    one = partial(_planned, replace(line, prompt=prompt), line.prompt, defaults, seed, plan)
+                    picture = attempt(one, problems)
+                    pictures += [picture] if picture is not None else []
+    return pictures
 
 
-def preview_requests(lines: Sequence[PromptLine], defaults: ImageDefaults, *, seed: int) -> list[ImageRequest]:
+def _planned(line: PromptLine, raw_prompt: str, defaults: Settings, seed: int, plan: Plan) -> PlannedPicture:
+    prompt = expand_choices(line.prompt, seed=seed, wildcards=plan.wildcards, where=line.where)
+    negative = line.settings.get("negative_prompt", defaults.get("negative_prompt")) or ""
+    settings = {
+        **line.settings,
+        "negative_prompt": expand_choices(negative, seed=seed, wildcards=plan.wildcards, where=f"{line.where}, --n"),
+    }
+    chosen = replace(line, prompt=plan.complete(prompt, line.where), settings=settings)
+    return PlannedPicture(request=_request(chosen, defaults, seed), raw_prompt=raw_prompt, file_name=line.file_name)
+
+
+def preview_requests(lines: Sequence[PromptLine], defaults: Settings, *, seed: int) -> list[ImageRequest]:
     """One picture per line, with the same seed whenever it is made in a training, so that previews can be compared.
 
     Args:
         seed: of the training.
     """
+    plain = {**defaults, "extended": False}
     return [
-        _request(line, defaults, line.seeds[0] if line.seeds else stream_seed(seed, "preview", number) % SEEDS)
+        _request(line, plain, line.seeds[0] if line.seeds else stream_seed(seed, "preview", number) % SEEDS)
         for number, line in enumerate(lines)
     ]
 
 
-def rounding_notes(lines: Sequence[PromptLine], defaults: ImageDefaults) -> list[str]:
+def with_pictures(lines: Sequence[PromptLine], field: str, files: Sequence[str], *, where: str) -> list[PromptLine]:
+    """Lines with a file each: one line for all files, or one file for all lines, or as many of one as of the other.
+
+    Args:
+        field: of the request that takes the file.
+        where: names the files in a sentence.
+
+    Raises:
+        UserError: other numbers.
+    """
+    if not files:
+        return list(lines)
+    if len(lines) == 1:
+        lines = [lines[0]] * len(files)
+    elif len(files) == 1:
+        files = [files[0]] * len(lines)
+    elif len(lines) != len(files):
+        what = f"{counted(len(files), 'picture')} for {counted(len(lines), 'prompt')}"
+        raise UserError(what, where=where, remedy="give one, or one for each prompt")
+    return [replace(line, settings={**line.settings, field: file}) for line, file in zip(lines, files, strict=True)]
+
+
+def rounding_notes(lines: Sequence[PromptLine], defaults: Settings) -> list[str]:
     """One sentence for every size that is not a multiple of 8 and is rounded down."""
-    asked = {(line.where, line.width or defaults.width, line.height or defaults.height) for line in lines}
+    asked = {(line.where, *_size(line, defaults)) for line in lines}
     return [
         f"{where}: {width}x{height} is rounded down to {floored_size(width)}x{floored_size(height)}, multiples of 8"
         for where, width, height in sorted(asked)
@@ -83,15 +164,14 @@ def repetition_notes(lines: Sequence[PromptLine], *, images_per_prompt: int, ite
     ]
 
 
-def _request(line: PromptLine, defaults: ImageDefaults, seed: int) -> ImageRequest:
-    return ImageRequest(
-        prompt=line.prompt,
-        negative_prompt=line.negative_prompt or "",
-        width=floored_size(line.width or defaults.width),
-        height=floored_size(line.height or defaults.height),
-        seed=seed,
-        steps=line.steps or defaults.steps,
-        scale=defaults.scale if line.scale is None else line.scale,
-        sampler=line.sampler or defaults.sampler,
-        clip_skip=defaults.clip_skip,
-    )
+def _size(line: PromptLine, defaults: Settings) -> tuple[int, int]:
+    return line.settings.get("width") or defaults["width"], line.settings.get("height") or defaults["height"]
+
+
+def _request(line: PromptLine, defaults: Settings, seed: int) -> ImageRequest:
+    width, height = map(floored_size, _size(line, defaults))
+    settings = {**defaults, **line.settings, "width": width, "height": height}
+    try:
+        return ImageRequest(prompt=line.prompt, seed=seed, **settings)
+    except UserError as error:
+        raise UserError(error.what, where=line.where, remedy=error.remedy) from None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.atomic import atomic_write
 from library.errors import UserError
+from library.generation.prompt_options import PromptLine
 from library.generation.requests import ImageRequest
 from library.generation.samplers import SAMPLERS
 
@@ -101,3 +102,24 @@ def read_recipe(path: Path) -> tuple[ImageRequest, dict[str, Any]]:
         return ImageRequest(**image), content["made_with"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"holds a recipe that cannot be read ({error})", where=str(path)) from None
+
+
+def read_prompts(path: Path) -> PromptLine:
+    """The prompt that a picture was made with, from our recipe or sd-scripts' texts, with its negative prompt.
+
+    Raises:
+        UserError: it holds none.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            texts = dict(image.info)
+    except OSError as error:
+        raise UserError(f"is no readable picture ({error})", where=str(path)) from None
+    if not isinstance(texts.get("prompt"), str):
+        remedy = "give --prompt or --from_file, or pictures that gen_img_diffusers.py has written"
+        raise UserError("does not say with which prompt it was made", where=str(path), remedy=remedy)
+    settings = {"negative_prompt": texts["negative-prompt"]} if texts.get("negative-prompt") else {}
+    return PromptLine(prompt=texts["prompt"], settings=settings, where=str(path))

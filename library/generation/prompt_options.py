@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,26 @@ from library.text_files import read_json, read_text, read_toml
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLine:
-    """A prompt and what it says of its own pictures; None leaves a value to the command line.
+    """A prompt and what it says of its own pictures.
 
     Attributes:
+        settings: fields of `ImageRequest`; what is not there is left to the command line.
         seeds: one per picture of this prompt, the last of them for all further pictures; empty leaves it to the command.
+        file_name: of its pictures; None leaves it to the command.
         where: how a sentence names the line ("--from_file cats.txt, line 3").
     """
 
     prompt: str
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    scale: float | None = None
-    sampler: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
+    file_name: str | None = None
     where: str = "prompt"
 
 
 @dataclass(frozen=True)
 class PromptOption:
-    """One in-prompt option: the field it sets and how its text becomes a value (ValueError: the end of a sentence)."""
+    """One in-prompt option: the field of a request or a line that it sets, and how its text becomes a value, with
+    ValueErrors that are ends of sentences."""
 
     field: str
     convert: Callable[[str], Any]
@@ -88,57 +87,72 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(_seed(part.strip()) for part in text.split(","))
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part.strip()) for part in text.split(","))
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else _number(text)
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{text} is out of range; give 0 to 1")
+    return value
+
+
+def _file_name(text: str) -> str:
+    if not text or Path(text).name != text or text in (".", ".."):
+        raise ValueError(f"{text!r} is not a file name; pictures go into --outdir")
+    if Path(text).suffix.lower() not in ("", ".png"):
+        raise ValueError(f"{text!r} is no PNG file; pictures are written as PNG, which holds their recipes")
+    return text
+
+
 IMAGE_OPTIONS: dict[str, PromptOption] = {
     "n": PromptOption("negative_prompt", str),
     "w": PromptOption("width", _size),
     "h": PromptOption("height", _size),
     "s": PromptOption("steps", _steps),
     "l": PromptOption("scale", _number),
+    "nl": PromptOption("negative_scale", _number_or_none),
+    "rescale": PromptOption("guidance_rescale", _share),
     "d": PromptOption("seeds", _seeds),
-}
-PREVIEW_OPTIONS = IMAGE_OPTIONS | {
-    "d": PromptOption("seeds", lambda text: (_seed(text),)),
+    "t": PromptOption("strength", _share),
+    "am": PromptOption("network_strengths", _numbers),
     "ss": PromptOption("sampler", _sampler),
+    "f": PromptOption("file_name", _file_name),
+}
+PREVIEW_OPTIONS = {name: IMAGE_OPTIONS[name] for name in ("n", "w", "h", "s", "l", "ss")} | {
+    "d": PromptOption("seeds", lambda text: (_seed(text),)),
 }
 
 OTHER_MODELS = "it belongs to models this toolkit does not know yet"
 DEEP_SHRINK, GRADUAL_LATENT = "Deep Shrink comes later", "Gradual Latent comes later"
 UNAVAILABLE: dict[str, str] = {
-    "nl": "a scale of its own for the negative prompt comes later",
-    "t": "image to image comes later",
-    "c": "CLIP guidance comes later",
-    "am": "network strengths per prompt come later",
-    "f": "file names per prompt come later",
+    "c": "no library that is kept up guides pictures by CLIP",
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), DEEP_SHRINK),
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), GRADUAL_LATENT),
     **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), OTHER_MODELS),
     **dict.fromkeys(("g", "ctr", "rcfg", "fs"), OTHER_MODELS),
-    "cn": "control images come later",
-    "controlnet_image": "control images come later",
+    "cn": "control images of previews come later",
+    "controlnet_image": "control images of previews come later",
 }
-# What sd-scripts' generator reads in a prompt and this one does not yet: as plain words it would be silently wrong.
-LATER_LANGUAGE: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"<\w+:[^>]*>"), "tags such as <lora:name:1> come later; name files with --network_weights"),
-    (re.compile(r"(?<!\S)AND(?!\S)"), "several sub-prompts with AND come later"),
-    (re.compile(r"(?<!\S)BREAK(?!\S)"), "BREAK comes later"),
-    (re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}"), "choices such as {a|b} come later"),
-)
+_TAG = re.compile(r"<\w+:[^>]*>")
 
 _OPTION_START = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
-def parse_prompt_line(
-    line: str, *, where: str, options: Mapping[str, PromptOption] = IMAGE_OPTIONS, extended: bool = True
-) -> PromptLine:
+def parse_prompt_line(line: str, *, where: str, options: Mapping[str, PromptOption] = IMAGE_OPTIONS) -> PromptLine:
     """One line of a prompt file, or the value of --prompt.
 
     Args:
         where: how a sentence names the line.
         options: the table in force; names are case-insensitive.
-        extended: refuse the prompt language of sd-scripts' generator that is not there yet; its previews have none.
 
     Raises:
-        UserError: unknown, unavailable, doubled or malformed options; all of them at once.
+        UserError: unknown, unavailable, doubled or malformed options, and tags where they cannot act; all of them at once.
     """
     text, *pieces = _OPTION_START.split(line)
     values: dict[str, Any] = {}
@@ -146,10 +160,28 @@ def parse_prompt_line(
     for piece in pieces:
         name, _, value = piece.strip().partition(" ")
         _set_option(values, name.lower(), value.strip(), options, f"{where}, --{name}", problems)
-    for prompt in (text, values.get("negative_prompt") or ""):
-        problems += _language_problems(prompt, where, extended)
+    problems += _tags_without_effect(text, values, where, options)
     raise_all(problems)
-    return PromptLine(prompt=text.strip(), where=where, **values)
+    return _line(text, values, where)
+
+
+def _line(prompt: str, values: dict[str, Any], where: str) -> PromptLine:
+    own = {name: values.pop(name) for name in ("seeds", "file_name") if name in values}
+    return PromptLine(prompt=prompt.strip(), settings=values, where=where, **own)
+
+
+def _tags_without_effect(
+    prompt: str, values: Mapping[str, Any], where: str, options: Mapping[str, PromptOption]
+) -> list[UserError]:
+    """Tags of adapters in a preview, which shows the adapter in training, or in a negative prompt."""
+    problems = []
+    if options is not IMAGE_OPTIONS and (found := _TAG.search(prompt)):
+        remedy = "previews show the adapter that is trained; take the tag out"
+        problems.append(UserError(f"{found.group()!r} has no effect", where=where, remedy=remedy))
+    if found := _TAG.search(values.get("negative_prompt") or ""):
+        remedy = "tags act on the whole picture; write it in the prompt"
+        problems.append(UserError(f"{found.group()!r} in the negative prompt has no effect", where=where, remedy=remedy))
+    return problems
 
 
 def _set_option(
@@ -175,28 +207,20 @@ def _set_option(
             problems.append(UserError(str(error), where=where))
 
 
-def _language_problems(prompt: str, where: str, extended: bool) -> list[UserError]:
-    rules = LATER_LANGUAGE if extended else LATER_LANGUAGE[:1]
-    return [
-        UserError(f"{found.group()!r} is not available", where=where, remedy=remedy)
-        for pattern, remedy in rules
-        if (found := pattern.search(prompt))
-    ]
+def numbered_lines(text: str, where: str) -> list[tuple[str, str]]:
+    """(place, line) of a prompt file's text, without blank lines and those that begin with "#"."""
+    numbered = enumerate(text.splitlines(), 1)
+    return [(f"{where}, line {number}", line) for number, line in numbered if line.strip() and not line.startswith("#")]
 
 
 def read_prompt_file(path: Path, *, where: str, options: Mapping[str, PromptOption] = IMAGE_OPTIONS) -> list[PromptLine]:
-    """The lines of a .txt file, without blank ones and those that begin with "#".
+    """The lines of a .txt file.
 
     Raises:
         UserError: the file cannot be read or holds no prompt, or lines are wrong; all of them at once.
     """
-    numbered = enumerate(read_text(path, where=where).splitlines(), 1)
-    places = [(f"{where}, line {number}", line) for number, line in numbered if line.strip() and not line.startswith("#")]
-    return _all_lines(places, lambda line, place: _parse(line, place, options), where)
-
-
-def _parse(line: str, where: str, options: Mapping[str, PromptOption]) -> PromptLine:
-    return parse_prompt_line(line, where=where, options=options, extended=options is IMAGE_OPTIONS)
+    places = numbered_lines(read_text(path, where=where), where)
+    return _all_lines(places, lambda line, place: parse_prompt_line(line, where=place, options=options), where)
 
 
 def read_preview_prompts(path: Path, *, where: str | None = None) -> list[PromptLine]:
@@ -229,18 +253,19 @@ ENTRY_KEYS: dict[str, PromptOption] = {
 def _entry_line(entry: Any, where: str) -> PromptLine:
     """A prompt of a .json or .toml file: a line, or a table of keys."""
     if isinstance(entry, str):
-        return _parse(entry, where, PREVIEW_OPTIONS)
+        return parse_prompt_line(entry, where=where, options=PREVIEW_OPTIONS)
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise UserError("is neither a text nor a table with a prompt", where=where)
     if _OPTION_START.search(entry["prompt"]):
         raise UserError("options stand inside the text of a table", where=where, remedy="give them as keys (width = 512)")
     values: dict[str, Any] = {}
-    problems = _language_problems(entry["prompt"], where, extended=False)
+    problems: list[UserError] = []
     for key, value in entry.items():
         if key != "prompt" and value is not None:
             _set_option(values, key, str(value), ENTRY_KEYS, f"{where}, {key}", problems)
+    problems += _tags_without_effect(entry["prompt"], values, where, PREVIEW_OPTIONS)
     raise_all(problems)
-    return PromptLine(prompt=entry["prompt"].strip(), where=where, **values)
+    return _line(entry["prompt"], values, where)
 
 
 def _json_entries(path: Path, where: str) -> list[Any]:

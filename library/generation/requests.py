@@ -41,6 +41,7 @@ class ImageRequest:
         region_colors: read `regions` as that many colour codes; None reads sub-prompts 1 to 3 in red, green and blue.
         highres_scale: size of a first stage, as a share; None draws in one stage.
         highres_steps: of the first stage.
+        highres_strength: `strength` of the first stage, where it begins from an image; None for the same.
         highres_latents: enlarge its latents, and not its picture.
         control_images: files, one for each ControlNet.
 
@@ -69,6 +70,7 @@ class ImageRequest:
     region_colors: int | None = None
     highres_scale: float | None = None
     highres_steps: int = 28
+    highres_strength: float | None = None
     highres_latents: bool = False
     control_images: tuple[str, ...] = ()
 
@@ -82,6 +84,7 @@ class ImageRequest:
             (f"{self.steps} steps", self.steps, 1, MAX_STEPS),
             (f"seed {self.seed}", self.seed, 0, MAX_SEED),
             (f"strength {self.strength}", self.strength, 0, 1),
+            (f"strength {self.highres_strength} of the first stage", self.highres_strength or 0, 0, 1),
             (f"guidance rescale {self.guidance_rescale}", self.guidance_rescale, 0, 1),
             (f"{self.highres_steps} steps of the first stage", self.highres_steps, 1, MAX_STEPS),
             (f"clip skip {self.clip_skip}", 1 if self.clip_skip is None else self.clip_skip, 1, math.inf),

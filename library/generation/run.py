@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
-import os
 import random
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError, attempt, raise_all
-from library.generation.options import GenerationOptions, ModelOptions
-from library.generation.output import DrawingProgress, sequential_names, timed_names
-from library.generation.planning import SEEDS, ImageDefaults, image_requests, repetition_notes, rounding_notes
+from library.errors import UserError, attempt, counted, raise_all
+from library.generation.checking import PromptAdapters, checked_model
+from library.generation.lines import prompt_lines
+from library.generation.options import GenerationOptions
+from library.generation.output import DrawingProgress, Namer, namer
+from library.generation.planning import (
+    SEEDS,
+    Plan,
+    PlannedPicture,
+    Settings,
+    planned_pictures,
+    repetition_notes,
+    rounding_notes,
+)
 from library.generation.png_info import write_png
-from library.generation.prompt_options import PromptLine, parse_prompt_line, read_prompt_file
+from library.generation.prompt_options import PromptLine, parse_prompt_line
+from library.prompts.choices import Wildcards
 from library.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from library.checkpoints.base_model import BaseModelFiles
     from library.generation.pipeline import Pipeline
     from library.generation.requests import ImageRequest
+
+LINES_LEFT_OUT = 2
+"""Exit status where lines of a prompt file could not be drawn, and the others were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that can begin.
+
+    Attributes:
+        lines: of prompts; none where they are typed.
+        defaults: of every request.
+        plan: how often lines are drawn.
+        notes: for the user.
+    """
+
+    options: GenerationOptions
+    base_model: BaseModelFiles
+    adapters: PromptAdapters
+    lines: Sequence[PromptLine]
+    defaults: Settings
+    plan: Plan
+    notes: Sequence[str]
 
 
 def run_generation(options: GenerationOptions) -> int:
@@ -31,132 +69,156 @@ def run_generation(options: GenerationOptions) -> int:
     """
     quiet_libraries()
     started = time.perf_counter()
-    base_model, lines = _checked(options)
-    defaults = _defaults(options, base_model.family.default_resolution[base_model.resolved_prediction_type])
-    pictures = options.pictures
-    repeats = repetition_notes(lines, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations)
-    for note in base_model.notes() + rounding_notes(lines, defaults) + repeats:
+    left_out: list[UserError] = []
+    run = check_run(options, left_out)
+    pictures = planned_pictures(run.lines, run.defaults, run.plan, left_out)
+    if not pictures and not options.pictures.interactive:
+        raise_all(_each_once(left_out))
+    for note in run.notes:
         print(note)
-    seed = random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed
-    requests = image_requests(
-        lines, defaults, seed=seed, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations
-    )
+    for problem in _each_once(left_out):
+        print(f"gen_img_diffusers: {problem}", file=sys.stderr)
     from library.generation.loading import load_pipeline
 
-    pipeline = load_pipeline(options, base_model)
-    count = _draw(pipeline, requests, options, _made_with(options, base_model))
+    pipeline = load_pipeline(options, run.base_model, run.adapters.find)
+    drawing = Drawing(run, pipeline)
+    count = 0
+    for batch in typed_pictures(run) if options.pictures.interactive else [pictures]:
+        count += drawing.draw(batch)
     seconds = time.perf_counter() - started
-    print(f"{count} picture{'s' * (count != 1)} in {options.output_folder} ({seconds:.1f} s)")
+    print(f"{counted(count, 'picture')} in {options.output.folder} ({seconds:.1f} s)")
+    return LINES_LEFT_OUT if left_out else 0
+
+
+def list_adapters(folder: Path) -> int:
+    """Print what is in a folder of adapters; returns the exit status."""
+    from library.generation.lora_listing import listing_lines
+    from library.generation.lora_shelf import LoraShelf
+
+    print(*listing_lines(LoraShelf(folder).entries()), sep="\n")
     return 0
 
 
-def _checked(options: GenerationOptions) -> tuple[BaseModelFiles, list[PromptLine]]:
-    """The base model's headers and the prompts, or every problem of the run."""
+def _each_once(problems: Sequence[UserError]) -> list[UserError]:
+    """Without what is said before, as it is when a line is drawn several times."""
+    return list({str(problem): problem for problem in problems}.values())
+
+
+def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedRun:
+    """Everything but the pictures themselves.
+
+    Args:
+        left_out: gets what is wrong with single lines of a prompt file.
+
+    Raises:
+        UserError: every other problem, and those of the lines with them.
+    """
     problems: list[UserError] = []
-    lines = attempt(lambda: _prompt_lines(options), problems)
-    attempt(lambda: _check_output_folder(options.output_folder), problems)
-    for network in options.networks:
-        if not network.file.is_file():
-            problems.append(UserError("no such file", where=f"--network_weights {network.file}"))
-    attempt(lambda: _check_precision(options.model), problems)
-    base_model = attempt(lambda: _open_base_model(options.model), problems)
-    if base_model is not None:
-        attempt(lambda: base_model.check_clip_skip(options.pictures.clip_skip), problems)
-        for network in options.networks:
-            if network.file.is_file():
-                attempt(lambda file=network.file: _check_family(file, base_model), problems)  # type: ignore[misc]
-    raise_all(problems)
-    assert base_model is not None  # for the type checker: without one there was a problem
+    base_model = checked_model(options, problems)
+    family = base_model.family if base_model is not None else None
+    adapters = attempt(lambda: PromptAdapters(options.adapters, family), problems)
+    folder = options.pictures.wildcards
+    wildcards = attempt(lambda: None if folder is None else Wildcards(folder), problems)
+    lines = attempt(lambda: prompt_lines(options.pictures, left_out), problems)
+    raise_all(problems + left_out if problems else [])
+    assert base_model is not None  # for the type checker: without these there was a problem
+    assert adapters is not None
     assert lines is not None
-    return base_model, lines
-
-
-def _prompt_lines(options: GenerationOptions) -> list[PromptLine]:
     pictures = options.pictures
-    if pictures.prompt_file is not None:
-        return read_prompt_file(pictures.prompt_file, where=f"--from_file {pictures.prompt_file}")
-    return [parse_prompt_line(pictures.prompt or "", where="--prompt")]
-
-
-def _check_output_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot be made ({error.strerror})", where=f"--outdir {folder}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError("cannot be written to", where=f"--outdir {folder}", remedy="name another folder")
-
-
-def _check_precision(model: ModelOptions) -> None:
-    from library.devices import best_device, compute_dtype
-
-    compute_dtype(model.precision, best_device(), where=f"--{model.precision}")
-
-
-def _defaults(options: GenerationOptions, resolution: int) -> ImageDefaults:
-    pictures = options.pictures
-    return ImageDefaults(
-        width=pictures.width or resolution,
-        height=pictures.height or resolution,
-        steps=pictures.steps,
-        scale=pictures.scale,
-        sampler=pictures.sampler,
-        clip_skip=pictures.clip_skip,
+    resolution = base_model.family.default_resolution[base_model.resolved_prediction_type]
+    defaults = {"width": resolution, "height": resolution, "lora_tag_style": options.adapters.tag_style, **pictures.settings}
+    repeats = repetition_notes(lines, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations)
+    plan = Plan(
+        seed=random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed,
+        images_per_prompt=pictures.images_per_prompt,
+        iterations=pictures.iterations,
+        same_seed=pictures.same_seed,
+        shuffled=pictures.shuffled,
+        wildcards=wildcards,
+        complete=adapters.complete,
+    )
+    return CheckedRun(
+        options=options,
+        base_model=base_model,
+        adapters=adapters,
+        lines=lines,
+        defaults=defaults,
+        plan=plan,
+        notes=[*base_model.notes(), *rounding_notes(lines, defaults), *repeats],
     )
 
 
-def _open_base_model(model: ModelOptions) -> BaseModelFiles:
-    from library.checkpoints.base_model import open_base_model
-
-    return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
-
-
-def _check_family(file: Path, base_model: BaseModelFiles) -> None:
-    """Refuse an adapter for another family by its widths, before anything is loaded."""
-    from library.checkpoints.tensor_files import open_tensor_file
-    from library.families.detect import family_of_adapter
-
-    where = f"--network_weights {file}"
-    adapter = open_tensor_file(file)
-    # One that says nothing is taken to be for this model; its layers then decide when it is loaded.
-    ours = base_model.family.base_model_versions[base_model.resolved_prediction_type]
-    metadata = {"ss_base_model_version": ours} | adapter.metadata
-    family = family_of_adapter(adapter.shapes(), metadata=metadata, where=where)
-    if family.name != base_model.family.name:
-        raise UserError(
-            f"is an adapter for {family.title}, and the base model is {base_model.family.title}",
-            where=where,
-            remedy="give the base model it was trained on",
-        )
+def typed_pictures(run: CheckedRun) -> Iterator[list[PlannedPicture]]:
+    """The pictures of each prompt that is typed, until the end of the input; mistakes are told, and the next one is read."""
+    number = 0
+    while True:
+        if sys.stdin.isatty():
+            print("prompt (Ctrl-D ends): ", end="", flush=True)
+        text = sys.stdin.readline()
+        if not text:
+            return
+        if not text.strip() or text.startswith("#"):
+            continue
+        number += 1
+        problems: list[UserError] = []
+        line = attempt(partial(parse_prompt_line, text.rstrip("\n"), where=f"prompt {number}"), problems)
+        seed = random.SystemRandom().randrange(SEEDS) if run.options.pictures.seed is None else run.plan.seed + number - 1
+        plan = Plan(**{**vars(run.plan), "seed": seed % SEEDS, "iterations": 1})
+        pictures = [] if line is None else planned_pictures([line], run.defaults, plan, problems)
+        for problem in problems:
+            print(f"gen_img_diffusers: {problem}", file=sys.stderr, flush=True)
+        yield pictures
 
 
-def _made_with(options: GenerationOptions, base_model: BaseModelFiles) -> dict[str, Any]:
-    """What a picture's recipe says beside its request."""
-    return {
-        "model": base_model.name,
-        "vae": options.model.vae,
-        "networks": [{"name": use.file.stem, "strength": use.strength} for use in options.networks],
-        "precision": options.model.precision,
-    }
+class Drawing:
+    """Draws pictures and saves each as soon as it is there."""
 
+    def __init__(self, run: CheckedRun, pipeline: Pipeline) -> None:
+        self._run, self._pipeline = run, pipeline
+        self._name: Namer = namer(run.options.output)
+        self._number = 0
 
-def _draw(
-    pipeline: Pipeline, requests: Sequence[ImageRequest], options: GenerationOptions, made_with: dict[str, Any]
-) -> int:
-    """Draw and save all pictures, each as soon as it is there; returns their number."""
-    from library.generation.pipeline import Hooks
+    def draw(self, pictures: Sequence[PlannedPicture]) -> int:
+        """Returns how many."""
+        from library.generation.pipeline import Hooks
 
-    name = sequential_names(options.output_folder) if options.sequential_names else timed_names(options.output_folder)
-    progress = DrawingProgress(requests)
-    try:
-        drawn = pipeline.stream(
-            requests, batch_size=options.pictures.batch_size, hooks=Hooks(before_step=progress.before_step)
-        )
-        for number, image in drawn:
-            request = requests[number]
-            path = name(number, request.seed)
-            write_png(path, image, request, made_with)
-            progress.drawn(path)
-    finally:
-        progress.close()
-    return len(requests)
+        requests = [picture.request for picture in pictures]
+        progress = DrawingProgress(requests)
+        hooks = Hooks(before_step=progress.before_step)
+        if self._run.options.output.save_first_stage:
+            hooks = Hooks(before_step=progress.before_step, first_stage=self._save_first_stage)
+        try:
+            drawn = self._pipeline.stream(requests, batch_size=self._run.options.pictures.batch_size, hooks=hooks)
+            for number, image in drawn:
+                path = self._name(self._number + number, pictures[number])
+                write_png(path, image, requests[number], self._made_with(pictures[number]))
+                progress.drawn(path)
+        finally:
+            progress.close()
+        self._number += len(pictures)
+        return len(pictures)
+
+    def _save_first_stage(self, request: ImageRequest, image: Image) -> None:
+        picture = PlannedPicture(request=request, raw_prompt=request.prompt)
+        write_png(self._name(self._number, picture, "0"), image, request, self._made_with(picture))
+
+    def _made_with(self, picture: PlannedPicture) -> Mapping[str, Any]:
+        """What a picture's recipe says beside its request."""
+        options, base_model = self._run.options, self._run.base_model
+        return {
+            "model": base_model.name,
+            "model_file": str(Path(options.model.path).absolute()),
+            "vae": options.model.vae,
+            "networks": [
+                {
+                    "name": use.file.stem,
+                    "strength": use.strength,
+                    "file": str(use.file.absolute()),
+                    "module": use.module,
+                    "args": dict(use.args),
+                }
+                for use in options.adapters.networks
+            ],
+            "precision": options.model.precision,
+            "raw_prompt": picture.raw_prompt,
+        }

@@ -95,10 +95,10 @@ class AdapterStrength:
     def at(self, step: int, steps: int) -> StrengthNow:
         """What it is at a step of a run of `steps`."""
         if not self._acts(step, steps):
-            return StrengthNow(0.0, (0.0,) * (len(PLACES) - 1))
+            return NOTHING
         weights = self.block_weights or (1.0,) * len(PLACES)
         now = [self._values(name).at(step, steps) * weight for name, weight in zip(PLACES, weights, strict=True)]
-        return StrengthNow(now[0], tuple(now[1:]))
+        return StrengthNow(now[0], (*now[1:], self.outputs.at(step, steps)))
 
     def _values(self, place: str) -> StepValues:
         """What holds at one of `PLACES`, without its block weight."""
@@ -117,15 +117,19 @@ class StrengthNow:
 
     Attributes:
         text_encoder: on the text encoders.
-        places: on the U-Net, one value for each of `block_weights.PLACES` behind BASE.
+        denoiser: for each of `block_weights.PLACES` behind BASE, and last for the layers outside all blocks (conv_out),
+            which follow the section of the outputs.
     """
 
     text_encoder: float
-    places: tuple[float, ...]
+    denoiser: tuple[float, ...]
 
     @classmethod
     def total(cls, strengths: Iterable[StrengthNow]) -> StrengthNow:
         """The sum, which is how an adapter acts that is asked for several times; nothing of nothing."""
-        given = list(strengths)
-        places = tuple(map(sum, zip(*(each.places for each in given), strict=True)))
-        return cls(sum(each.text_encoder for each in given), places or (0.0,) * (len(PLACES) - 1))
+        given = list(strengths) or [NOTHING]
+        denoiser = tuple(map(sum, zip(*(each.denoiser for each in given), strict=True)))
+        return cls(sum(each.text_encoder for each in given), denoiser)
+
+
+NOTHING = StrengthNow(0.0, (0.0,) * len(PLACES))

@@ -256,7 +256,7 @@ def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[i
     options, requests = run.options.previews, run.preview_requests
     if not requests:
         return None
-    from library.generation.pipeline import Pipeline, PipelineModels
+    from library.generation.pipeline import Pipeline, PipelineModels, PipelineSettings
 
     parts = module.parts
     pipeline = Pipeline(
@@ -271,7 +271,7 @@ def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[i
             zero_terminal_snr=run.options.zero_terminal_snr,
             others=[module.network],
         ),
-        autocast=None if run.dtype == torch.float32 else run.dtype,
+        PipelineSettings(autocast=None if run.dtype == torch.float32 else run.dtype),
         note=run.say,
     )
 

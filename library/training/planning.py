@@ -132,16 +132,12 @@ def _preview_requests(
     options: TrainingOptions, lines: Sequence[PromptLine], resolution: int, seed: int
 ) -> list[ImageRequest]:
     """The pictures of --sample_prompts; steps and scale as sd-scripts has them by default, the size the family's."""
-    from library.generation.planning import ImageDefaults, preview_requests
+    from library.generation.planning import preview_requests
 
-    defaults = ImageDefaults(
-        width=resolution,
-        height=resolution,
-        steps=30,
-        scale=7.5,
-        sampler=options.previews.sampler,
-        clip_skip=options.captions.clip_skip,
-    )
+    defaults = {
+        **{"width": resolution, "height": resolution, "steps": 30, "scale": 7.5},
+        **{"sampler": options.previews.sampler, "clip_skip": options.captions.clip_skip},
+    }
     return preview_requests(lines, defaults, seed=seed)
 
 

@@ -166,28 +166,37 @@ class AdapterNetwork(nn.Module):
             hook.remove()
         self._hooks = []
 
-    def set_multipliers(self, *, text_encoder: float, denoiser: float, blocks: Sequence[float] | None = None) -> None:
+    def set_multipliers(
+        self,
+        *,
+        text_encoder: float,
+        denoiser: float | Tensor,
+        blocks: Sequence[float | Tensor] | None = None,
+    ) -> None:
         """Set the strength of every adapter; cheap enough to be called at every sampling step.
 
         Args:
-            blocks: factors by U-Net block, beside `denoiser`.
+            text_encoder: of all layers there.
+            denoiser: of all layers there, or of those outside all blocks where `blocks` are given. A tensor (rows,) has a
+                strength for each row of the batches to come.
+            blocks: strengths by U-Net block, likewise.
 
         Raises:
             ValueError: another number of blocks than the family has.
         """
         if blocks is not None and len(blocks) != self.family.block_count:
             raise ValueError(f"{len(blocks)} block strengths given, {self.family.block_count} wanted")
-        self.multiplier = denoiser
         for target, adapter in self.items():
             if target.part == "text_encoder":
-                adapter.multiplier = text_encoder
+                adapter.set_strength(text_encoder)
+            elif blocks is None or target.block is None:
+                adapter.set_strength(denoiser)
             else:
-                adapter.multiplier = denoiser * (
-                    blocks[target.block] if blocks is not None and target.block is not None else 1
-                )
+                adapter.set_strength(blocks[target.block])
 
     def set_multiplier(self, multiplier: float) -> None:
         """One strength for all adapters."""
+        self.multiplier = multiplier
         self.set_multipliers(text_encoder=multiplier, denoiser=multiplier)
 
     # In the weights

@@ -137,12 +137,14 @@ class Adapter(nn.Module):
         title: of the algorithm, for tables and sentences ("LoRA").
         rank: of the change, for tables and reports; 0 where an algorithm has none.
         multiplier: strength; set it through `AdapterNetwork.set_multipliers`. At 0 the base layer's output passes untouched.
+        row_strengths: (rows,) further strengths, one for each row of a batch; None for 1 everywhere.
         scale: the algorithm's own factor (alpha / rank), part of `delta_weight`.
     """
 
     title: str
     rank: int = 0
     multiplier: float = 1.0
+    row_strengths: Tensor | None = None
     scale: float = 1.0
 
     def __init__(self, spec: LayerSpec, *, module_dropout: float = 0.0) -> None:
@@ -224,7 +226,17 @@ class Adapter(nn.Module):
 
     def forward(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """The layer's output with the adapter's effect added, in the output's dtype; `output` is not changed in place."""
-        return output + self.drop_module(self.effect(layer, x, output)).to(output.dtype)
+        return output + self.per_row(self.drop_module(self.effect(layer, x, output))).to(output.dtype)
+
+    def set_strength(self, strength: float | Tensor) -> None:
+        """Set the strength for all rows of a batch, or (rows,) one for each; every effect is linear in it."""
+        self.multiplier, self.row_strengths = (1.0, strength) if isinstance(strength, Tensor) else (strength, None)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Values (rows, ...), each row at its strength."""
+        if self.row_strengths is None:
+            return values
+        return values * self.row_strengths.to(values.dtype).view(-1, *(1 for _ in values.shape[1:]))
 
     def hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """The forward hook that `AdapterNetwork.attach` registers on the base layer."""

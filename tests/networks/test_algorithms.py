@@ -47,6 +47,23 @@ def test_the_effect_on_the_output_is_that_of_the_changed_weight(case, layer_name
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+@everywhere
+@torch.no_grad()
+def test_a_row_at_a_strength_of_its_own_is_that_row_alone(case, layer_name):
+    layer, x = layer_and_input(layer_name)
+    adapter = acting(new_adapter(case, layer)).eval()
+    strengths = torch.linspace(-0.5, 1.0, len(x))
+    adapter.set_strength(strengths)
+    together = attached(layer, adapter, x)
+    alone = []
+    for row, strength in enumerate(strengths.tolist()):
+        adapter.set_strength(strength)
+        alone.append(attached(layer, adapter, x[row : row + 1]))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    adapter.set_strength(0.7)
+    assert (attached(layer, adapter, x) - together).abs().max() > 1e-3, "strengths must matter, or this test says nothing"
+
+
 ON_LINEAR = [case for case in CASES if "linear" in case.layers]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from library.generation.loading import attach_networks
-from library.generation.options import GenerationOptions, ModelOptions, NetworkUse, PictureOptions
+from library.generation.loading import load_rack
+from library.generation.options import AdapterOptions, NetworkUse
 from library.generation.pipeline import Pipeline, PipelineModels
 from library.generation.requests import ImageRequest
 from networks import lora
@@ -52,15 +52,9 @@ def plain(sd1_models) -> np.ndarray:
 
 
 def draw(models, files, strengths, *, merge=False):
-    options = GenerationOptions(
-        model=ModelOptions(path="tiny"),
-        pictures=PictureOptions(prompt="a"),
-        output_folder=files[0].parent,
-        networks=tuple(NetworkUse(file=f, strength=s) for f, s in zip(files, strengths, strict=True)),
-        merge_networks=merge,
-    )
-    attach_networks(options, models)
-    (picture,) = Pipeline(models).generate([ASKED])
+    networks = tuple(NetworkUse(file=f, strength=s) for f, s in zip(files, strengths, strict=True))
+    rack = load_rack(AdapterOptions(networks=networks, merged=len(networks) if merge else 0), models)
+    (picture,) = Pipeline(models, rack=rack).generate([ASKED])
     return np.asarray(picture) / 255
 
 

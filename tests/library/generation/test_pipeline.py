@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.generation.pipeline import Hooks, Pipeline
+from library.generation.pipeline import Hooks, Pipeline, PipelineSettings
 from library.generation.requests import ImageRequest
 from tests.library.generation.diffusers_reference import ROUNDING, diffusers_picture
 
@@ -85,7 +85,7 @@ def test_words_beyond_the_first_75_tokens_count(sd1_models):
 
 def test_what_is_cut_off_is_said(sd1_models):
     notes = []
-    Pipeline(sd1_models, max_chunks=1, note=notes.append).generate([request(prompt="cat " * 80, steps=1)])
+    Pipeline(sd1_models, PipelineSettings(max_chunks=1), note=notes.append).generate([request(prompt="cat " * 80, steps=1)])
     assert len(notes) == 1
     assert notes[0].endswith("has 80 tokens; the last 5 are left out")
 
@@ -231,7 +231,7 @@ def test_autocast_computes_the_step_in_the_type_of_the_training(sd1_models):
     types = []
     handle = sd1_models.denoiser.conv_in.register_forward_hook(lambda *_: types.append(_[-1].dtype))
     try:
-        Pipeline(sd1_models, autocast=torch.bfloat16).generate([request(steps=1)])
+        Pipeline(sd1_models, PipelineSettings(autocast=torch.bfloat16)).generate([request(steps=1)])
     finally:
         handle.remove()
     assert types == [torch.bfloat16]

@@ -6,7 +6,7 @@ import pytest
 
 from library.families.block_weights import PLACES, read_block_weights
 from library.prompts.lora_tags import read_step_values
-from library.prompts.strengths import AdapterStrength, StepValues, StrengthNow, share_of_run
+from library.prompts.strengths import NOTHING, AdapterStrength, StepValues, StrengthNow, share_of_run
 
 SCHEDULES = {
     "0.1@1,0.6@6": {0: 0.1, 1: 0.1, 3: 0.3, 6: 0.6, 10: 0.6, 19: 0.6},
@@ -42,7 +42,7 @@ def test_each_section_of_a_model_has_its_own_strength():
     )
     now = strength.at(0, 10)
     assert now.text_encoder == 0.5
-    assert now.places == (1.0,) * 12 + (2.0,) + (3.0,) * 12
+    assert now.denoiser == (1.0,) * 12 + (2.0,) + (3.0,) * 13
     assert strength.is_constant
 
 
@@ -51,7 +51,7 @@ def test_block_weights_are_further_factors():
     strength = AdapterStrength(
         text_encoder=StepValues.constant(7.0), outputs=StepValues.constant(0.5), block_weights=weights
     )
-    now = dict(zip(PLACES[1:], strength.at(0, 10).places, strict=True))
+    now = dict(zip(PLACES[1:], strength.at(0, 10).denoiser[:-1], strict=True))
     assert (now["IN00"], now["IN11"], now["MID"], now["OUT00"], now["OUT11"]) == (1, 12, 13, 7, 12.5)
     assert strength.at(0, 10).text_encoder == 0, "BASE is the text encoder's"
 
@@ -72,7 +72,7 @@ def test_block_weights_are_further_factors():
 )
 def test_an_adapter_acts_from_its_start_up_to_its_stop(start, stop, acting):
     strength = AdapterStrength(start=start, stop=stop)
-    assert [step for step in range(8) if strength.at(step, 8) != StrengthNow(0.0, (0.0,) * 25)] == list(acting)
+    assert [step for step in range(8) if strength.at(step, 8) != NOTHING] == list(acting)
     assert strength.is_constant == (start is stop is None)
 
 

@@ -1,0 +1,227 @@
+"""The adapters that pictures are made with, and how strongly each acts on each row of a batch at each step.
+
+A row is one text for the denoiser; the rows of a batch may have different adapters. Nothing of this touches the base
+model's weights: adapters stand on its layers as hooks while a picture wants them, and are taken off again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.errors import UserError
+from library.prompts.lora_tags import LoraTag
+from library.prompts.strengths import NOTHING, AdapterStrength, StrengthNow
+from library.prompts.sub_prompts import SubPrompt
+from networks.building.network import AdapterNetwork
+
+
+@dataclass(frozen=True)
+class AdapterKey:
+    """One adapter.
+
+    Attributes:
+        file: that holds it.
+        rank: that it is cut to; None for its own.
+        given: its number on the command line, which says how it is loaded; None for one that a tag names.
+    """
+
+    file: Path
+    rank: int | None = None
+    given: int | None = None
+
+
+Acting = Mapping[AdapterKey, tuple[AdapterStrength, ...]]
+"""Which adapters act on a row, and how strongly; one that is asked for several times acts with the sum."""
+
+NOBODY: Acting = {}
+
+
+def strengths_at(acting: Acting, step: int, steps: int) -> dict[AdapterKey, StrengthNow]:
+    """The strength of each adapter at a step."""
+    return {key: StrengthNow.total([each.at(step, steps) for each in uses]) for key, uses in acting.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """What an adapter is turned to.
+
+    Attributes:
+        text_encoder: strength there.
+        rows: for each row of a batch, the strengths on the denoiser (`StrengthNow`); empty while texts are encoded.
+    """
+
+    text_encoder: float = 0.0
+    rows: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def acts(self) -> bool:
+        """Whether any strength is not 0."""
+        return bool(self.text_encoder) or any(map(any, self.rows))
+
+    def single(self, key: AdapterKey) -> float:
+        """The one strength that networks of other packages know.
+
+        Raises:
+            UserError: there are several.
+        """
+        values = {value for row in self.rows for value in row} or {self.text_encoder}
+        if len(values) > 1:
+            raise UserError(
+                "is of a module that knows only one strength at a time",
+                where=str(key.file),
+                remedy="use --network_module networks.lora, which reads most files",
+            )
+        return values.pop()
+
+
+class AdapterRack:
+    """The adapters of a run. It loads each when a picture first wants it.
+
+    Args:
+        given: of the command line, in its order, with their strengths; they act on every picture.
+        find: the file that a tag names.
+        load: a network that is not attached, from a file and a rank.
+        device: where rows are computed.
+        merges: put adapters whose strength stays the same into the weights for the time of a batch, where rows allow it.
+    """
+
+    def __init__(
+        self,
+        *,
+        given: Sequence[tuple[AdapterKey, float]] = (),
+        find: Callable[[LoraTag], Path] | None = None,
+        load: Callable[[AdapterKey], Any] | None = None,
+        device: torch.device | str = "cpu",
+        merges: bool = False,
+    ) -> None:
+        self._given, self._find, self._load, self._device = list(given), find, load, device
+        self.merges = merges
+        self._networks: dict[AdapterKey, Any] = {}
+        self._turned: dict[AdapterKey, _Turn] = {}
+
+    # What acts where
+
+    def acting(
+        self, sub_prompts: Sequence[SubPrompt], strengths: Sequence[float] = (), *, regional: bool = False
+    ) -> list[Acting]:
+        """What acts on each sub-prompt of a picture.
+
+        The adapters of the command line act on all of them; where there are several, the first acts on the first and so
+        on, as in sd-scripts. Tags act on all sub-prompts, as in web UIs; where regions are given, on their own.
+
+        Args:
+            strengths: of the command line's adapters, instead of those given there; the last for all further ones.
+            regional: whether each sub-prompt has a region of its own.
+        """
+        result: list[Acting] = []
+        for place, sub_prompt in enumerate(sub_prompts):
+            tags = sub_prompt.tags if regional else [tag for each in sub_prompts for tag in each.tags]
+            uses: dict[AdapterKey, tuple[AdapterStrength, ...]] = {}
+            for number, (key, strength) in enumerate(self._given):
+                if len(sub_prompts) > 1 and number != place:
+                    continue
+                value = strengths[min(number, len(strengths) - 1)] if strengths else strength
+                uses[key] = (*uses.get(key, ()), AdapterStrength.constant(value))
+            for tag in tags:
+                if not tag.strength.is_nothing:
+                    key = self.key_of(tag)
+                    uses[key] = (*uses.get(key, ()), tag.strength)
+            result.append(uses)
+        return result
+
+    def key_of(self, tag: LoraTag) -> AdapterKey:
+        """The adapter that a tag names."""
+        if self._find is None:
+            raise UserError("adapters cannot be named here", where=tag.text, remedy="leave the tag out")
+        return AdapterKey(self._find(tag), tag.rank)
+
+    # On the model
+
+    def add(self, key: AdapterKey, network: Any) -> None:
+        """Take in a network that is loaded already."""
+        self._networks[key] = network
+
+    def network(self, key: AdapterKey) -> Any:
+        """The network of a key, loaded if it is not there yet."""
+        if key not in self._networks:
+            assert self._load is not None, "nothing names adapters where none can be loaded"
+            self._networks[key] = self._load(key)
+        return self._networks[key]
+
+    def on_text_encoder(self, acting: Acting, step: int, steps: int) -> Mapping[AdapterKey, float]:
+        """What acts on the text encoders at a step, and how strongly."""
+        return {key: now.text_encoder for key, now in strengths_at(acting, step, steps).items() if now.text_encoder}
+
+    def set_text_encoder(self, values: Mapping[AdapterKey, float]) -> None:
+        """Let adapters act on the text encoders at these strengths, and no others."""
+        for key in dict.fromkeys([*self._turned, *values]):
+            self._turn(key, _Turn(text_encoder=values.get(key, 0.0)))
+
+    def set_denoiser(self, rows: Sequence[Acting], step: int, steps: int) -> None:
+        """Let adapters act on the denoiser as they do on each row of a batch at a step."""
+        now = [strengths_at(acting, step, steps) for acting in rows]
+        for key in dict.fromkeys([*self._turned, *(key for row in now for key in row)]):
+            self._turn(key, _Turn(rows=tuple(row.get(key, NOTHING).denoiser for row in now)))
+
+    def _turn(self, key: AdapterKey, turn: _Turn) -> None:
+        """Turn one adapter to new strengths; it is on the model only while any is not 0."""
+        if self._turned.get(key) == turn:
+            return
+        network = self.network(key)
+        self._turned[key] = turn
+        if not isinstance(network, AdapterNetwork):
+            network.set_multiplier(turn.single(key))
+        elif turn.acts:
+            rows = turn.rows or (NOTHING.denoiser,)
+            *places, outside = (self._per_row(values) for values in zip(*rows, strict=True))
+            network.set_multipliers(text_encoder=turn.text_encoder, denoiser=outside, blocks=places)
+            network.attach()
+        else:
+            network.detach()
+
+    def _per_row(self, values: Sequence[float]) -> float | torch.Tensor:
+        return values[0] if len(set(values)) == 1 else torch.tensor(values, device=self._device)
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """The model with adapters as pictures want them, and without any afterwards."""
+        try:
+            yield
+        finally:
+            for network in self._networks.values():
+                if isinstance(network, AdapterNetwork):
+                    network.detach()
+            self._turned.clear()
+
+    @contextlib.contextmanager
+    def merged(self, rows: Sequence[Acting]) -> Iterator[bool]:
+        """Adapters in the weights for the time of a batch, where that gives the same; tells whether it does.
+
+        Rows have to have the same adapters at strengths that stay the same at every step.
+        """
+        acting = rows[0]
+        steady = all(each.is_constant for uses in acting.values() for each in uses)
+        networks = {key: self.network(key) for key in acting}
+        fits = all(row == acting for row in rows) and all(isinstance(each, AdapterNetwork) for each in networks.values())
+        if not (self.merges and acting and steady and fits):
+            yield False
+            return
+        for key, now in strengths_at(acting, 0, 1).items():
+            *places, outside = now.denoiser
+            networks[key].set_multipliers(text_encoder=now.text_encoder, denoiser=outside, blocks=places)
+        done = []
+        try:
+            for network in networks.values():
+                network.merge()
+                done.append(network)
+            yield True
+        finally:
+            for network in reversed(done):
+                network.unmerge()
+            self._turned.clear()

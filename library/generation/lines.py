@@ -1,0 +1,79 @@
+"""Where the prompts of a run come from: the command line, a file, or the pictures that one begins from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from library.errors import UserError, attempt
+from library.generation.checking import check_readable, picture_files_of
+from library.generation.options import PictureOptions
+from library.generation.planning import with_pictures
+from library.generation.png_info import read_prompts
+from library.generation.prompt_options import PromptLine, numbered_lines, parse_prompt_line
+from library.generation.requests import MIN_SIZE, floored_size
+from library.prompts.lora_tags import without_tags
+from library.text_files import read_text
+
+
+def prompt_lines(options: PictureOptions, left_out: list[UserError]) -> list[PromptLine]:
+    """The prompts of a run with the pictures that go with them; none where they are typed.
+
+    Args:
+        left_out: gets what is wrong with single lines of a file, if others are right.
+
+    Raises:
+        UserError: files that cannot be read, no prompt that can, or other numbers of pictures than of prompts.
+    """
+    images = picture_files_of(options.images, f"--image_path {options.images}") if options.images else []
+    masks = picture_files_of(options.masks, f"--mask_path {options.masks}") if options.masks else []
+    check_readable([*images, *masks])
+    if options.interactive:
+        return []
+    lines = _texts(options, images, left_out)
+    lines = with_pictures(lines, "image", images, where=f"--image_path {options.images}")
+    if images and "width" not in options.given and "height" not in options.given:
+        lines = [_of_its_pictures_size(line) for line in lines]
+    return _with_masks(lines, masks, options)
+
+
+def _texts(options: PictureOptions, images: Sequence[str], left_out: list[UserError]) -> list[PromptLine]:
+    if options.prompt is not None:
+        return [parse_prompt_line(options.prompt, where="--prompt")]
+    if options.prompt_file is None:
+        return [read_prompts(Path(image)) for image in images]
+    where = f"--from_file {options.prompt_file}"
+    numbered = numbered_lines(read_text(options.prompt_file, where=where), where)
+    if not numbered:
+        raise UserError("holds no prompt", where=where)
+    attempted = [attempt(lambda p=place, t=text: parse_prompt_line(t, where=p), left_out) for place, text in numbered]  # type: ignore[misc]
+    return [line for line in attempted if line is not None]
+
+
+def _of_its_pictures_size(line: PromptLine) -> PromptLine:
+    """With the size of the picture that it begins from, where the line says none."""
+    from library.generation.picture_files import picture_size
+
+    if {"width", "height"} & line.settings.keys():
+        return line
+    sides = (max(MIN_SIZE, floored_size(side)) for side in picture_size(line.settings["image"]))
+    return replace(line, settings={**line.settings, **dict(zip(("width", "height"), sides, strict=True))})
+
+
+def _with_masks(lines: list[PromptLine], masks: Sequence[str], options: PictureOptions) -> list[PromptLine]:
+    """Masks say where a picture is drawn anew; of prompts with sub-prompts they are the regions, as in sd-scripts."""
+    if not masks:
+        return lines
+    where = f"--mask_path {options.masks}"
+    placed = with_pictures(lines, "mask", masks, where=where)
+    result = []
+    for line in placed:
+        if "AND" in without_tags(line.prompt).split():
+            settings = {("regions" if name == "mask" else name): value for name, value in line.settings.items()}
+            line = replace(line, settings=settings)
+        elif "image" not in line.settings:
+            remedy = "give the picture with --image_path; or sub-prompts with AND, for which it holds the regions"
+            raise UserError("there is no picture that it could be a mask of", where=where, remedy=remedy)
+        result.append(line)
+    return result

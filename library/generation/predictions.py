@@ -1,0 +1,110 @@
+"""The denoiser's predictions for a batch, guided, with conditions and adapters as they are at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.generation.adapters import AdapterRack
+from library.generation.encoding import PromptEncoder
+from library.generation.requests import ImageRequest
+from library.generation.rows import Row, RowMix
+
+
+class Control(Protocol):
+    """What takes part in every call of the denoiser, such as ControlNets."""
+
+    def denoiser_arguments(
+        self, *, share: float, latents: Tensor, timestep: Tensor, context: Tensor, owners: Sequence[ImageRequest]
+    ) -> dict[str, Any]:
+        """Further arguments of the call.
+
+        Args:
+            share: how far sampling is, from 0 at the first step to below 1 at the last.
+            latents: (rows, C, h, w), as the denoiser gets them.
+            context: (rows, L, D).
+            owners: the request of each row.
+        """
+
+
+class BatchPredictions:
+    """Asks the denoiser about all rows of a batch at once.
+
+    Args:
+        denoiser: a U-Net of diffusers.
+        requests: the pictures of the batch.
+        pictures: the rows of each.
+        chunks: of every condition.
+        encoder: of the texts.
+        rack: of the adapters; None where they are in the weights.
+        control: see there.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        requests: Sequence[ImageRequest],
+        pictures: Sequence[Sequence[Row]],
+        *,
+        chunks: int,
+        encoder: PromptEncoder,
+        rack: AdapterRack | None,
+        control: Control | None,
+    ) -> None:
+        parameter = next(denoiser.parameters())
+        self._denoiser, self._device, self._dtype = denoiser, parameter.device, parameter.dtype
+        self._rows = [row for picture in pictures for row in picture]
+        self._mix = RowMix(pictures, [request.guidance_rescale for request in requests], parameter.device)
+        self._owners = [requests[number] for number in self._mix.owners]
+        self._chunks, self._encoder, self._rack, self._control = chunks, encoder, rack, control
+        self._states: list[Hashable] = []
+        self._context = torch.empty(0)
+
+    def of(self, latents: Tensor, timestep: Tensor, step: int, steps: int) -> Tensor:
+        """(B, C, h, w) fp32.
+
+        Args:
+            latents: (B, C, h, w), scaled for the denoiser.
+            step, steps: of the sampler, which may ask several times a step.
+        """
+        context = self._conditions(step, steps)
+        if self._rack is not None:
+            self._rack.set_denoiser([row.acting for row in self._rows], step, steps)
+        inputs = self._mix.spread(latents).to(self._dtype)
+        more = {}
+        if self._control is not None:
+            more = self._control.denoiser_arguments(
+                share=step / steps, latents=inputs, timestep=timestep, context=context, owners=self._owners
+            )
+        predictions: Tensor = self._denoiser(inputs, timestep, encoder_hidden_states=context, **more).sample
+        return self._mix(predictions.float())
+
+    def _conditions(self, step: int, steps: int) -> Tensor:
+        """(rows, L, D), in the denoiser's type; put together anew only where adapters change the text encoder."""
+        if self._rack is None:
+            states: list[Hashable] = [frozenset(row.acting.items()) for row in self._rows]
+            prepares = [lambda: None for _ in self._rows]
+        else:
+            acting = [self._rack.on_text_encoder(row.acting, step, steps) for row in self._rows]
+            states = [frozenset(values.items()) for values in acting]
+            prepares = [partial(self._rack.set_text_encoder, values) for values in acting]
+        if states != self._states:
+            places = zip(self._rows, self._owners, states, prepares, strict=True)
+            conditions = [
+                self._encoder.encode(
+                    row.text,
+                    chunks=self._chunks,
+                    clip_skip=owner.clip_skip,
+                    extended=owner.extended,
+                    state=state,
+                    prepare=prepare,
+                    device=self._device,
+                )
+                for row, owner, state, prepare in places
+            ]
+            self._states, self._context = states, torch.cat(conditions).to(self._dtype)
+        return self._context
