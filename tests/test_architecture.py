@@ -33,6 +33,7 @@ LONGEST_CHAIN = 4
 SILENT_ROOMS = (
     "library/diffusion/",
     "library/families/",
+    "library/prompts/",
     "library/conditioning/",
     "networks/core/",
     "networks/formats/",

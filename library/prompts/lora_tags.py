@@ -18,7 +18,7 @@ from typing import Any
 from library.errors import UserError, attempt, near_names, raise_all
 from library.families.block_weights import PRESETS, read_block_weights
 from library.numbers import finite_number, whole_number
-from library.prompts.strengths import ONE, AdapterStrength, StepValues
+from library.prompts.strengths import NOTHING, ONE, AdapterStrength, StepValues
 
 STYLES = ("sdnext", "a1111")
 KINDS = ("lora", "lyco")
@@ -143,7 +143,8 @@ def _strength(values: Mapping[str, Any], where: str) -> AdapterStrength:
         if start is not None or stop is not None:
             raise UserError("step= says what start= and stop= say", where=where, remedy="give the one or the others")
         start, stop = values["step"]
-    if type(start) is type(stop) is not type(None) and start >= stop:
+    comparable = isinstance(start, float) == isinstance(stop, float)
+    if start is not None and stop is not None and comparable and start >= stop:
         raise UserError(f"from {start} up to {stop} there is no step", where=where, remedy="start before it stops")
     text_encoder = values.get("te", ONE)
     unet = values.get("unet", text_encoder)
@@ -225,7 +226,6 @@ def _block_weights(text: str, where: str) -> tuple[float, ...]:
     return read_block_weights(text, where=where)
 
 
-NOTHING = StepValues.constant(0.0)
 MODULES: Mapping[str, str] = {"unet": "unet", "te": "te", "text_encoder": "te"}
 ARGUMENTS: Mapping[str, Callable[[str, str], Any]] = {
     "te": read_step_values,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from library.errors import UserError
 from library.families.block_weights import read_block_weights
-from library.prompts.lora_tags import STYLES, LoraTag, read_tags
+from library.prompts.lora_tags import ARGUMENTS, STYLES, LoraTag, read_step_values, read_tags
 from library.prompts.strengths import StepValues
 
 
@@ -210,3 +213,23 @@ def test_all_mistakes_of_a_prompt_come_at_once():
         "--prompt, <lora:w:start=2:stop=1>",
         "--prompt, <lora:open",
     ]
+
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "prompts.md").read_text(encoding="utf-8")
+
+
+def test_the_page_tells_of_every_argument():
+    assert [name for name in ARGUMENTS if f"`{name}=" not in PAGE] == []
+
+
+def test_the_pages_tables_are_what_tags_mean():
+    rows = re.findall(r"^\| `(<lora:[^`]*>)` \| (\S+) \| (\S+), (\S+), (\S+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 6
+    assert [parts(one_tag(tag)) for tag, *_ in rows] == [tuple(map(float, numbers)) for _, *numbers in rows]
+    schedules = re.findall(r"^\| `([\d.@,]+)` \| (.*) \|$", PAGE, re.MULTILINE)
+    assert len(schedules) == 2
+    for text, numbers in schedules:
+        values = read_step_values(text, "")
+        assert [values.at(step, 20) for step in (0, 3, 6, 9, 18)] == pytest.approx(
+            [float(number) for number in numbers.split(" | ")], abs=1e-3
+        )
