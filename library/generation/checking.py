@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ def checked_model(options: GenerationOptions, problems: list[UserError]) -> Base
         attempt(lambda: base_model.check_clip_skip(clip_skip), problems)
     family = None if base_model is None else base_model.family
     for network in options.adapters.networks:
-        attempt(lambda file=network.file: check_adapter(file, family, f"--network_weights {file}"), problems)  # type: ignore[misc]
+        attempt(partial(check_adapter, network.file, family, f"--network_weights {network.file}"), problems)
     return base_model
 
 
@@ -58,7 +58,6 @@ def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
 
 
-@cache
 def check_adapter(file: Path, family: ModelFamily | None, where: str) -> None:
     """Refuse what is no adapter for a family by its header.
 
@@ -131,7 +130,7 @@ class PromptAdapters:
         problems: list[UserError] = []
         sub_prompts = read_prompt(prompt, where=where, style=self._options.tag_style)
         tags = [tag for sub_prompt in sub_prompts for tag in sub_prompt.tags]
-        found = [attempt(lambda tag=tag: self.find(tag), problems) for tag in tags]  # type: ignore[misc]
+        found = [attempt(partial(self.find, tag), problems) for tag in tags]
         raise_all([UserError(each.what, where=f"{where}, {each.where}", remedy=each.remedy) for each in problems])
         if not self._options.trigger_words:
             return prompt
@@ -170,5 +169,5 @@ def check_readable(files: Sequence[str]) -> None:
 
     problems: list[UserError] = []
     for file in dict.fromkeys(files):
-        attempt(lambda file=file: picture_size(file), problems)  # type: ignore[misc]
+        attempt(partial(picture_size, file), problems)
     raise_all(problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from library.errors import UserError, attempt
@@ -47,7 +48,7 @@ def _texts(options: PictureOptions, images: Sequence[str], left_out: list[UserEr
     numbered = numbered_lines(read_text(options.prompt_file, where=where), where)
     if not numbered:
         raise UserError("holds no prompt", where=where)
-    attempted = [attempt(lambda p=place, t=text: parse_prompt_line(t, where=p), left_out) for place, text in numbered]  # type: ignore[misc]
+    attempted = [attempt(partial(parse_prompt_line, text, where=place), left_out) for place, text in numbered]
     return [line for line in attempted if line is not None]
 
 

@@ -85,7 +85,9 @@ def planned_pictures(
         if plan.shuffled:
             python_stream(plan.seed, "order of prompts", iteration).shuffle(order)
         for line in order:
-            prompts = attempt(partial(enumerate_choices, line.prompt, where=line.where), problems) or ()
+            prompts = (
+                attempt(partial(enumerate_choices, line.prompt, where=line.where, wildcards=plan.wildcards), problems) or ()
+            )
             for place in range(plan.images_per_prompt):
                 seed = image_seed(plan.seed, iteration if plan.same_seed else number)
                 if line.seeds:
@@ -103,7 +105,9 @@ def _planned(line: PromptLine, raw_prompt: str, defaults: Settings, seed: int, p
     negative = line.settings.get("negative_prompt", defaults.get("negative_prompt")) or ""
     settings = {
         **line.settings,
-        "negative_prompt": expand_choices(negative, seed=seed, wildcards=plan.wildcards, where=f"{line.where}, --n"),
+        "negative_prompt": expand_choices(
+            negative, seed=stream_seed(seed, "negative prompt"), wildcards=plan.wildcards, where=f"{line.where}, --n"
+        ),
     }
     chosen = replace(line, prompt=plan.complete(prompt, line.where), settings=settings)
     return PlannedPicture(request=_request(chosen, defaults, seed), raw_prompt=raw_prompt, file_name=line.file_name)

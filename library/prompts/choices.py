@@ -43,7 +43,7 @@ class Wildcards:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError("no such folder", where=f"--wildcard_dir {folder}")
+            raise UserError("no such folder", where=f"--wildcards_dir {folder}")
         self._paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.txt"))}
         self._lines: dict[str, list[str]] = {}
 
@@ -204,7 +204,7 @@ def _read_head(head: list[str], where: str) -> tuple[int, int | None, str]:
 
 def _lines(name: str, wildcards: Wildcards | None, where: str) -> list[str]:
     if wildcards is None:
-        remedy = "name it with --wildcard_dir"
+        remedy = "name it with --wildcards_dir"
         raise UserError(f"__{name}__ needs a folder of wildcards", where=where, remedy=remedy)
     return [_hidden(line) for line in wildcards.lines(name, where=where)]
 

@@ -21,7 +21,7 @@ from library.generation.controls import (
     open_control_nets,
     prepare_hint,
 )
-from library.generation.pipeline import Hooks, Pipeline
+from library.generation.pipeline import Pipeline
 from library.generation.requests import ImageRequest
 from library.generation.samplers import make_scheduler
 from tests.library.generation.conftest import tiny_models
@@ -45,31 +45,8 @@ def asked(*images: str, **changes) -> ImageRequest:
 
 
 def drawn(models, controls: ControlNets | None, requests, **settings) -> list[np.ndarray]:
-    """Pictures of our pipeline whose denoiser is given what the controls add; in 0..1."""
-    now = {}
-
-    def before_step(step):
-        now.update(share=step.number / step.count, requests=step.requests)
-
-    def add(_module, inputs, keywords):
-        latents, timestep = inputs
-        owners = list(now["requests"]) * (len(latents) // len(now["requests"]))
-        more = controls.denoiser_arguments(
-            share=now["share"],
-            latents=latents,
-            timestep=timestep,
-            context=keywords["encoder_hidden_states"],
-            owners=owners,
-        )
-        return inputs, keywords | more
-
-    handle = models.denoiser.register_forward_pre_hook(add, with_kwargs=True) if controls else None
-    try:
-        pictures = Pipeline(models).generate(requests, hooks=Hooks(before_step=before_step), **settings)
-    finally:
-        if handle:
-            handle.remove()
-    return [np.asarray(picture) / 255 for picture in pictures]
+    """Pictures of our pipeline with controls; in 0..1."""
+    return [np.asarray(picture) / 255 for picture in Pipeline(models, control=controls).generate(requests, **settings)]
 
 
 def picture_of_diffusers(models, nets, request, images, **settings) -> np.ndarray:

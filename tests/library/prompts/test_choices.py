@@ -154,9 +154,9 @@ def test_every_mistake_is_answered_in_one_sentence(text, wildcards):
 
 
 def test_wildcards_need_a_folder(tmp_path):
-    with pytest.raises(UserError, match=r"--prompt.*: __color__ needs a folder of wildcards; name it with --wildcard_dir"):
+    with pytest.raises(UserError, match=r"--prompt.*: __color__ needs a folder of wildcards; name it with --wildcards_dir"):
         expand_choices("a __color__ cat", seed=0, wildcards=None, where="--prompt")
-    with pytest.raises(UserError, match=r"--wildcard_dir .*missing: no such folder"):
+    with pytest.raises(UserError, match=r"--wildcards_dir .*missing: no such folder"):
         Wildcards(tmp_path / "missing")
     with pytest.raises(UserError, match=r"has no \.txt file"):
         expand_choices("__color__", seed=0, wildcards=Wildcards(tmp_path), where="")
