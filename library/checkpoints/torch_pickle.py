@@ -144,6 +144,17 @@ class _Inert:
         pass
 
 
+class _ParameterTable(_Inert):
+    """Stands for torch.nn.ParameterDict, in which old textual inversion files keep their vectors."""
+
+    def __init__(self, *_args: object, **_settings: object) -> None:
+        self.tensors: dict[Any, Any] = {}
+
+    def __setstate__(self, state: object) -> None:
+        inner = state.get("_parameters") if isinstance(state, dict) else None
+        self.tensors = inner if isinstance(inner, dict) else {}
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads the structure of a checkpoint; see the module's docstring for what it answers to names."""
 
@@ -187,6 +198,8 @@ def _torch_name(module: str, name: str) -> Any | None:
         "Parameter",
     ):
         return _RebuildParameter()
+    if (module, name) == ("torch.nn.modules.container", "ParameterDict"):
+        return _ParameterTable
     if module == "torch._utils" and name.startswith("_rebuild"):
         raise _Unsupported(f"a tensor saved through {name}")
     return None
@@ -203,6 +216,8 @@ def _does_things(module: str, name: str) -> bool:
 
 def read_torch_places(path: Path) -> TensorFile:
     """The tensors of a file written by torch.save; those under "state_dict" where the file has one.
+
+    Those of a textual inversion file are under "string_to_param", and their keys begin with it (`string_to_param.*`).
 
     Raises:
         UserError: for a file with code inside, damaged, truncated, or without tensors.
@@ -233,9 +248,8 @@ def read_torch_places(path: Path) -> TensorFile:
 
 def _as_tensor_file(path: Path, content: object, starts: Mapping[str, int]) -> TensorFile:
     where = str(path)
-    inner = content.get("state_dict") if isinstance(content, dict) else None
-    tensors = inner if isinstance(inner, dict) else content
-    if not isinstance(tensors, dict):
+    tensors = _table_of(content)
+    if tensors is None:
         raise UserError("holds no table of tensors (a state dict)", where=where)
     size = path.stat().st_size
     places = {str(key): _place(value, starts, size, path) for key, value in _tensors_of(tensors)}
@@ -244,6 +258,18 @@ def _as_tensor_file(path: Path, content: object, starts: Mapping[str, int]) -> T
     outer = content if isinstance(content, dict) else {}
     counters = {str(key): value for key, value in outer.items() if type(value) is int}
     return TensorFile(path=path, places=places, counters=counters)
+
+
+def _table_of(content: object) -> dict[Any, Any] | None:
+    """The table that holds the tensors; None where there is none."""
+    if not isinstance(content, dict):
+        return None
+    vectors = content.get("string_to_param")
+    vectors = vectors.tensors if isinstance(vectors, _ParameterTable) else vectors
+    if isinstance(vectors, dict):
+        return {f"string_to_param.{key}": value for key, value in vectors.items()}
+    inner = content.get("state_dict")
+    return inner if isinstance(inner, dict) else content
 
 
 def _tensors_of(table: dict[Any, Any]) -> Iterator[tuple[Any, _SavedTensor]]:

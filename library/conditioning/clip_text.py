@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.conditioning import prompt_weights
+from library.conditioning.learned_words import learned_words
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -42,14 +43,17 @@ class TokenBatch:
 
 
 def token_ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
-    """The tokens of a text, without start, end and padding, however many.
+    """The tokens of a text, without start, end and padding, however many; learned words are theirs (`learned_words`).
 
     SD2 pads with "!", so that its tokenizer would read every "!" of a text as padding. The model was not trained that way:
     OpenCLIP's tokenizer reads the character, as the web UIs do. So there special tokens are not looked for in texts.
     """
     pad_is_text = tokenizer.pad_token not in (tokenizer.bos_token, tokenizer.eos_token)
     settings: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": pad_is_text, "verbose": False}
-    return tokenizer(text, **settings).input_ids
+    ids: list[int] = []
+    for piece in learned_words(tokenizer).split(text):
+        ids += tokenizer(piece, **settings).input_ids if isinstance(piece, str) else piece
+    return ids
 
 
 def tokenize(

@@ -1,0 +1,34 @@
+"""Pictures with textual inversion embeddings are those of diffusers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from library.conditioning.embeddings import Embedding, add_embeddings
+from library.generation.pipeline import Pipeline
+from library.generation.requests import ImageRequest
+from tests.library.generation.conftest import tiny_models
+from tests.library.generation.diffusers_reference import ROUNDING, diffusers_picture
+from tests.support.tiny_models import TEXT_WIDTH
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_pictures_are_those_of_diffusers_own_loading(kind):
+    vectors = torch.randn(3, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
+    asked = ImageRequest(
+        prompt="a photo of zorbulon in a park", negative_prompt="zorbulon", width=64, height=64, seed=1, steps=3
+    )
+    models = tiny_models(kind)
+    plain = diffusers_picture(models, asked)
+
+    def load(pipeline):
+        pipeline.load_textual_inversion({"zorbulon": vectors}, token="zorbulon")
+        return {}
+
+    expected = diffusers_picture(tiny_models(kind), asked, load)
+    add_embeddings(models.tokenizers[0], models.text_encoders[0], [Embedding(name="zorbulon", vectors=vectors, where="")])
+    (picture,) = Pipeline(models).generate([asked])
+    assert np.abs(plain - expected).max() > 0.02, "an embedding that does nothing would prove nothing"
+    assert np.abs(np.asarray(picture) / 255 - expected).max() <= ROUNDING
