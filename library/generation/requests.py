@@ -102,6 +102,17 @@ class ImageRequest:
         """Whether classifier-free guidance is on."""
         return self.scale > 1
 
+    @property
+    def first_stage(self) -> tuple[int, int] | None:
+        """Width and height of a first stage in pixels; None where there is none.
+
+        Rounded down to multiples of 32, as sd-scripts does, and no smaller than a picture can be.
+        """
+        if self.highres_scale is None:
+            return None
+        width, height = (int(side * self.highres_scale) // 32 * 32 for side in (self.width, self.height))
+        return max(width, MIN_SIZE), max(height, MIN_SIZE)
+
 
 def floored_size(pixels: int) -> int:
     """The next size below that a latent can have; sd-scripts rounds so too."""
