@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.errors import UserError, counted, raise_all
+from library.errors import UserError, attempt, counted, raise_all
+from library.generation.controls import ControlUse, control_uses
 from library.generation.options import (
     AdapterOptions,
+    ControlOptions,
     GenerationOptions,
     ModelOptions,
     NetworkUse,
@@ -130,6 +132,27 @@ _BEGINNINGS = OptionGroup(
         ),
     ),
 )
+_CONTROL = OptionGroup(
+    "What else pictures follow",
+    (
+        Option(name="control_net_models", many=True, help="ControlNets: files or diffusers folders"),
+        Option(name="guide_image_path", many=True, help="their hint images, picture by picture, or folders of them"),
+        Option(name="control_net_preps", many=True, help="how each hint is made: none, canny or canny_LOW_HIGH"),
+        Option(name="control_net_weights", type=float, many=True, help="their strengths; 1 where they are missing"),
+        Option(name="control_net_ratios", type=float, many=True, help="share of the steps with each; 1 where it is missing"),
+        Option(name="highres_fix_disable_control_net", type=FLAG, help="no ControlNet in the second of two stages"),
+        Option(name="textual_inversion_embeddings", many=True, help="files whose names stand for words of their own"),
+        Option(name="ds_depth_1", type=int, help="Deep Shrink: 0 to 3, the downward block that sees a smaller picture"),
+        Option(name="ds_timesteps_1", type=int, default=650, help="down to which timestep it does"),
+        Option(name="ds_depth_2", type=int, help="another block, behind that"),
+        Option(name="ds_timesteps_2", type=int, default=650, help="down to which timestep that one does"),
+        Option(name="ds_ratio", type=float, default=0.5, help="what is left of each side"),
+        Option(name="gradual_latent_timesteps", type=int, help="Gradual Latent: pictures grow at timesteps below this"),
+        Option(name="gradual_latent_ratio", type=float, default=0.5, help="share of the size that they begin with"),
+        Option(name="gradual_latent_ratio_step", type=float, default=0.125, help="what is added to it each time"),
+        Option(name="gradual_latent_every_n_steps", type=int, default=3, help="steps from one growth to the next"),
+    ),
+)
 _OUTPUT = OptionGroup(
     "Output",
     (
@@ -200,7 +223,7 @@ def _later(reason: str, *options: tuple[str, Any, str]) -> tuple[Option, ...]:
     )
 
 
-_TEXTS, _NUMBERS = (str, "many"), (float, "many")
+_TEXTS = (str, "many")
 _LATER = OptionGroup(
     "Not available",
     (
@@ -210,15 +233,6 @@ _LATER = OptionGroup(
             ("highres_fix_upscaler_args", str, "its settings"),
         ),
         *_later(
-            "ControlNet comes later",
-            ("highres_fix_disable_control_net", FLAG, "no ControlNet in the second stage"),
-            ("guide_image_path", _TEXTS, "hint images"),
-            ("control_net_models", _TEXTS, "ControlNet files"),
-            ("control_net_preps", _TEXTS, "their preprocessors"),
-            ("control_net_weights", _NUMBERS, "their strengths"),
-            ("control_net_ratios", _NUMBERS, "share of steps with them"),
-        ),
-        *_later(
             "no library that is kept up guides pictures by other models",
             ("clip_guidance_scale", float, "guidance by CLIP and a text"),
             ("clip_image_guidance_scale", float, "guidance by CLIP and a picture"),
@@ -226,25 +240,15 @@ _LATER = OptionGroup(
             ("vgg16_guidance_layer", int, "its layer"),
         ),
         *_later(
-            "textual inversion comes later",
-            ("textual_inversion_embeddings", _TEXTS, "embedding files"),
+            "each layer of the U-Net would need a condition of its own, and diffusers' U-Net takes one for all",
             ("XTI_embeddings", _TEXTS, "extended embedding files"),
         ),
         *_later(
-            "Deep Shrink comes later",
-            ("ds_depth_1", int, "depth of the first shrinking"),
-            ("ds_timesteps_1", int, "until which timestep"),
-            ("ds_depth_2", int, "depth of the second"),
-            ("ds_timesteps_2", int, "until which timestep"),
-            ("ds_ratio", float, "its factor"),
+            "new noise always has the strength that euler_a gives it",
+            ("gradual_latent_s_noise", float, "strength of the noise of a change"),
         ),
         *_later(
-            "Gradual Latent comes later",
-            ("gradual_latent_timesteps", int, "below which timestep"),
-            ("gradual_latent_ratio", float, "first size"),
-            ("gradual_latent_ratio_step", float, "growth"),
-            ("gradual_latent_every_n_steps", int, "steps between"),
-            ("gradual_latent_s_noise", float, "noise of a change"),
+            "pictures that grow are not sharpened on the way",
             ("gradual_latent_unsharp_params", str, "sharpening"),
         ),
         *_later("tokenizers come with the toolkit", ("tokenizer_cache_dir", str, "folder of tokenizers")),
@@ -257,7 +261,7 @@ _LATER = OptionGroup(
     ),
 )
 
-GENERATION_OPTIONS = (_MODEL, _PICTURES, _BEGINNINGS, _NETWORKS, _OUTPUT, _PRECISION, _LATER)
+GENERATION_OPTIONS = (_MODEL, _PICTURES, _BEGINNINGS, _NETWORKS, _CONTROL, _OUTPUT, _PRECISION, _LATER)
 
 
 def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
@@ -273,6 +277,7 @@ def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
         return Path(parsed["lora_dir"])
     problems = _missing(parsed) + _out_of_range(parsed) + _contradictions(parsed)
     adapters = _adapters(parsed, problems)
+    uses = attempt(lambda: _control_uses(parsed), problems)
     raise_all(problems)
     return GenerationOptions(
         model=_model(parsed),
@@ -284,6 +289,23 @@ def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
             save_first_stage=parsed["highres_fix_save_1st"],
         ),
         adapters=adapters,
+        control=ControlOptions(uses=uses or (), hints=tuple(map(Path, parsed["guide_image_path"] or ()))),
+    )
+
+
+def _control_uses(parsed: ParsedOptions) -> tuple[ControlUse, ...]:
+    models, others = parsed["control_net_models"] or (), ("guide_image_path", "control_net_preps", "control_net_weights")
+    given = [f"--{name}" for name in (*others, "control_net_ratios") if parsed[name]]
+    if given and not models:
+        remedy = "name it with --control_net_models"
+        raise UserError("there is no ControlNet that this could act on", where=" ".join(given), remedy=remedy)
+    if models and not parsed["guide_image_path"]:
+        raise UserError("there is no hint image", where="--control_net_models", remedy="give it with --guide_image_path")
+    return control_uses(
+        models,
+        preparations=parsed["control_net_preps"] or (),
+        multipliers=parsed["control_net_weights"] or (),
+        ratios=parsed["control_net_ratios"] or (),
     )
 
 
@@ -298,6 +320,7 @@ def _model(parsed: ParsedOptions) -> ModelOptions:
         xformers=parsed["xformers"] or parsed["diffusers_xformers"],
         channels_last=parsed["opt_channels_last"],
         max_chunks=parsed["max_embeddings_multiples"] or 3,
+        embeddings=tuple(map(Path, parsed["textual_inversion_embeddings"] or ())),
         vae_batch_size=parsed["vae_batch_size"] or 1,
         vae_tiling=parsed["vae_slices"] is not None,
         offload=parsed["offload"],
@@ -319,7 +342,17 @@ _SETTINGS: dict[str, str] = {
     "highres_fix_steps": "highres_steps",
     "highres_fix_strength": "highres_strength",
     "highres_fix_latents_upscaling": "highres_latents",
+    "highres_fix_disable_control_net": "highres_uncontrolled",
     "network_regional_mask_max_color_codes": "region_colors",
+    "ds_depth_1": "shrink_depth_1",
+    "ds_timesteps_1": "shrink_until_1",
+    "ds_depth_2": "shrink_depth_2",
+    "ds_timesteps_2": "shrink_until_2",
+    "ds_ratio": "shrink_ratio",
+    "gradual_latent_timesteps": "growth_below",
+    "gradual_latent_ratio": "growth_ratio",
+    "gradual_latent_ratio_step": "growth_step",
+    "gradual_latent_every_n_steps": "growth_every",
 }
 
 
@@ -442,11 +475,20 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
         (parsed["image_path"] and parsed["interactive"], "--image_path", "goes with no typed prompt", "leave it out"),
     )
     problems = [UserError(what, where=where, remedy=remedy) for broken, where, what, remedy in rules if broken]
-    try:
-        find_sampler(parsed["sampler"], where="--sampler")
-    except UserError as error:
-        problems.append(error)
+    attempt(lambda: find_sampler(parsed["sampler"], where="--sampler"), problems)
+    for first, others in _PARTS_OF.items():
+        given = [f"--{name}" for name in others if parsed.given(name)]
+        if given and parsed[first] is None:
+            problems.append(UserError("has no effect", where=" ".join(given), remedy=f"give --{first} too"))
     return problems
+
+
+# Option -> those that do nothing without it.
+_PARTS_OF: dict[str, tuple[str, ...]] = {
+    "ds_depth_1": ("ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"),
+    "gradual_latent_timesteps": (*("gradual_latent_ratio", "gradual_latent_ratio_step", "gradual_latent_every_n_steps"),),
+    "highres_fix_scale": ("highres_fix_steps", "highres_fix_disable_control_net"),
+}
 
 
 _NETWORK_SETTINGS = ("network_module", "network_mul", "network_args", "network_merge", "network_merge_n_models")

@@ -26,6 +26,9 @@ def checked_model(options: GenerationOptions, problems: list[UserError]) -> Base
     if base_model is not None:
         clip_skip = options.pictures.settings.get("clip_skip")
         attempt(lambda: base_model.check_clip_skip(clip_skip), problems)
+        attempt(partial(_check_control, options, base_model), problems)
+    for file in options.model.embeddings:
+        attempt(partial(_check_embedding, file), problems)
     family = None if base_model is None else base_model.family
     for network in options.adapters.networks:
         attempt(partial(check_adapter, network.file, family, f"--network_weights {network.file}"), problems)
@@ -50,6 +53,18 @@ def _check_precision(model: ModelOptions) -> None:
     from library.devices import best_device, compute_dtype
 
     compute_dtype(model.precision, best_device(), where=f"--{model.precision}")
+
+
+def _check_control(options: GenerationOptions, base_model: BaseModelFiles) -> None:
+    from library.generation.controls import open_control_nets
+
+    open_control_nets(options.control.uses, base_model)
+
+
+def _check_embedding(file: Path) -> None:
+    from library.conditioning.embeddings import read_embedding
+
+    read_embedding(file)
 
 
 def _open_base_model(model: ModelOptions) -> BaseModelFiles:
@@ -113,6 +128,10 @@ class PromptAdapters:
             check_adapter(file, self._family, f"{tag.text} ({file})")
             self._found[tag.name] = file
         return self._found[tag.name]
+
+    def files(self) -> list[Path]:
+        """Those of the command line, and those that prompts have named so far."""
+        return [*(use.file for use in self._options.networks), *self._found.values()]
 
     def complete(self, prompt: str, where: str) -> str:
         """A prompt whose tags can all be used, with as many trigger words as are wanted.

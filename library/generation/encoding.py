@@ -92,8 +92,9 @@ class PromptEncoder:
         return self._known[key]
 
     def forget(self) -> None:
-        """Drop what was computed, since the text encoder may change."""
+        """Drop what was computed, since text encoder and tokenizer may change."""
         self._known.clear()
+        self._known_chunks.clear()
 
 
 def shortened(text: str, length: int = 40) -> str:

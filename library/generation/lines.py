@@ -7,21 +7,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from library.errors import UserError, attempt
+from library.errors import UserError, attempt, raise_all
 from library.generation.checking import check_readable, picture_files_of
-from library.generation.options import PictureOptions
+from library.generation.controls import check_hint, hints_for
+from library.generation.options import ControlOptions, PictureOptions
 from library.generation.planning import with_pictures
-from library.generation.png_info import read_prompts
+from library.generation.png_info import read_picture
 from library.generation.prompt_options import PromptLine, numbered_lines, parse_prompt_line
 from library.generation.requests import MIN_SIZE, floored_size
 from library.prompts.lora_tags import without_tags
 from library.text_files import read_text
 
 
-def prompt_lines(options: PictureOptions, left_out: list[UserError]) -> list[PromptLine]:
+def prompt_lines(options: PictureOptions, control: ControlOptions, left_out: list[UserError]) -> list[PromptLine]:
     """The prompts of a run with the pictures that go with them; none where they are typed.
 
     Args:
+        control: whose hint images the prompts take in turn.
         left_out: gets what is wrong with single lines of a file, if others are right.
 
     Raises:
@@ -36,20 +38,27 @@ def prompt_lines(options: PictureOptions, left_out: list[UserError]) -> list[Pro
     lines = with_pictures(lines, "image", images, where=f"--image_path {options.images}")
     if images and "width" not in options.given and "height" not in options.given:
         lines = [_of_its_pictures_size(line) for line in lines]
-    return _with_masks(lines, masks, options)
+    return _with_hints(_with_masks(lines, masks, options), control)
 
 
 def _texts(options: PictureOptions, images: Sequence[str], left_out: list[UserError]) -> list[PromptLine]:
     if options.prompt is not None:
         return [parse_prompt_line(options.prompt, where="--prompt")]
     if options.prompt_file is None:
-        return [read_prompts(Path(image)) for image in images]
+        return [_said_by(image) for image in images]
     where = f"--from_file {options.prompt_file}"
     numbered = numbered_lines(read_text(options.prompt_file, where=where), where)
     if not numbered:
         raise UserError("holds no prompt", where=where)
     attempted = [attempt(partial(parse_prompt_line, text, where=place), left_out) for place, text in numbered]
     return [line for line in attempted if line is not None]
+
+
+def _said_by(image: str) -> PromptLine:
+    """The prompt and negative prompt that a picture was made with."""
+    fields = read_picture(Path(image)).fields
+    settings = {"negative_prompt": fields["negative_prompt"]} if fields.get("negative_prompt") else {}
+    return PromptLine(prompt=fields["prompt"], settings=settings, where=image)
 
 
 def _of_its_pictures_size(line: PromptLine) -> PromptLine:
@@ -78,3 +87,18 @@ def _with_masks(lines: list[PromptLine], masks: Sequence[str], options: PictureO
             raise UserError("there is no picture that it could be a mask of", where=where, remedy=remedy)
         result.append(line)
     return result
+
+
+def _with_hints(lines: list[PromptLine], control: ControlOptions) -> list[PromptLine]:
+    """Each line with its hint images, one for each ControlNet; of a folder all its pictures count, by name."""
+    if not control.uses:
+        return lines
+    files = [file for path in control.hints for file in picture_files_of(path, f"--guide_image_path {path}")]
+    problems: list[UserError] = []
+    for file in dict.fromkeys(files):
+        attempt(partial(check_hint, file), problems)
+    raise_all(problems)
+    return [
+        replace(line, settings={**line.settings, "control_images": hints_for(files, len(control.uses), number)})
+        for number, line in enumerate(lines)
+    ]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.base_model import BaseModelFiles
+from library.conditioning.embeddings import add_embeddings, read_bundled_embeddings, read_embedding
 from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.adapters import AdapterKey, AdapterRack
-from library.generation.options import AdapterOptions, GenerationOptions, ModelOptions, NetworkUse
+from library.generation.controls import ControlNets, open_control_nets
+from library.generation.options import AdapterOptions, ControlOptions, GenerationOptions, ModelOptions, NetworkUse
 from library.generation.pipeline import Pipeline, PipelineModels, PipelineSettings
 from library.prompts.lora_tags import LoraTag
 from networks import lora
@@ -34,6 +36,7 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, find: 
         find: the file that a tag names.
     """
     models = load_models(options.model, base_model)
+    control = _load_control(options.control, base_model, models)  # before adapters change what it may be a difference to
     rack = load_rack(options.adapters, models, find)
     batch_size = options.pictures.batch_size
     decoded = options.model.vae_batch_size
@@ -42,7 +45,7 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, find: 
         vae_batch_size=max(1, int(decoded if decoded >= 1 else batch_size * decoded)),
         offload=options.model.offload,
     )
-    return Pipeline(models, settings, rack=rack, note=print)
+    return Pipeline(models, settings, rack=rack, control=control, note=print)
 
 
 def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineModels:
@@ -61,16 +64,39 @@ def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineMo
         vae.enable_tiling()
     if options.xformers and (note := use_xformers(denoiser, device)):
         print(note)
+    text_encoders: list[Any] = [*base_model.load_text_encoders(dtype=dtype, device=aside)]
+    tokenizers = base_model.load_tokenizers()
+    embeddings = [read_embedding(file) for file in options.embeddings]
+    for note in add_embeddings(tokenizers[0], text_encoders[0], embeddings):
+        print(note)
     return PipelineModels(
         denoiser=denoiser,
         vae=vae,
-        text_encoders=base_model.load_text_encoders(dtype=dtype, device=aside),
-        tokenizers=base_model.load_tokenizers(),
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
         latent_scale=base_model.family.latent_scale,
         latent_channels=base_model.family.latent_channels,
         prediction_type=base_model.resolved_prediction_type,
         zero_terminal_snr=options.zero_terminal_snr,
     )
+
+
+def _load_control(options: ControlOptions, base_model: BaseModelFiles, models: PipelineModels) -> ControlNets | None:
+    if not options.uses:
+        return None
+    parameter = next(models.denoiser.parameters())
+    files = open_control_nets(options.uses, base_model)
+    return ControlNets.load(options.uses, files, models.denoiser, dtype=parameter.dtype, device=parameter.device)
+
+
+def learn_bundled(models: PipelineModels, files: Sequence[Path]) -> list[str]:
+    """Teach the text encoder the words of textual inversion in adapter files; returns notes for the user.
+
+    Raises:
+        UserError: see `add_embeddings`.
+    """
+    embeddings = [embedding for file in files for embedding in read_bundled_embeddings(file)]
+    return add_embeddings(models.tokenizers[0], models.text_encoders[0], embeddings) if embeddings else []
 
 
 def load_rack(options: AdapterOptions, models: PipelineModels, find: Callable[[LoraTag], Path] | None = None) -> AdapterRack:

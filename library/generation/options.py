@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from library.generation.controls import ControlUse
+
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
@@ -72,20 +74,13 @@ class AdapterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    """ControlNets, one entry for each in every tuple.
+    """ControlNets.
 
     Attributes:
-        models: files or folders.
-        preprocessors: what makes hints of pictures.
-        strengths: factors of what they add.
-        shares: of the steps with them.
-        hints: files and folders of hint pictures.
+        hints: files and folders of hint images.
     """
 
-    models: tuple[Path, ...] = ()
-    preprocessors: tuple[str, ...] = ()
-    strengths: tuple[float, ...] = ()
-    shares: tuple[float, ...] = ()
+    uses: tuple[ControlUse, ...] = ()
     hints: tuple[Path, ...] = ()
 
 

@@ -23,9 +23,11 @@ from library.errors import UserError
 from library.generation import picture_files
 from library.generation.adapters import AdapterRack
 from library.generation.codec import LatentCodec
+from library.generation.deep_shrink import deep_shrink
 from library.generation.encoding import PromptEncoder, shortened
+from library.generation.gradual_latent import Size, gradual_sizes, grown
 from library.generation.predictions import BatchPredictions, Control
-from library.generation.requests import LATENT_FACTOR, ImageRequest, floored_size
+from library.generation.requests import LATENT_FACTOR, ImageRequest
 from library.generation.rows import Row, rows_of
 from library.generation.samplers import denoising_timesteps, make_scheduler, takes_generator
 from library.prompts.sub_prompts import read_prompt
@@ -187,7 +189,9 @@ class Pipeline:
         for number, request in enumerate(requests):
             begins = (request.image is None, request.mask is None, request.strength)
             stages = (request.highres_scale, request.highres_steps, request.highres_strength, request.highres_latents)
-            loop = (request.width, request.height, request.steps, request.sampler, begins, stages)
+            stages += (request.highres_uncontrolled,)
+            sizes = (request.width, request.height, request.deep_shrink, request.gradual_latent)
+            loop = (sizes, request.steps, request.sampler, begins, stages)
             rows = self._rows(request, maps=False)
             merged = tuple(frozenset(row.acting.items()) for row in rows) if self._rack.merges else None
             key = (loop, request.guided, self._chunks(request, rows), merged, hooks.batch_key(request))
@@ -214,7 +218,8 @@ class Pipeline:
         with _untouched_random_state(self.device), self._precision():
             hooks.before_encoding(requests)
             acting = [row.acting for request in requests for row in self._rows(request, maps=False)]
-            with self._rack.merged(acting) as merged:
+            shrunk = deep_shrink(self.models.denoiser, requests[0].deep_shrink)
+            with self._rack.merged(acting) as merged, shrunk:
                 latents = self._drawn(requests, hooks, merged=merged)
         if not torch.isfinite(latents).all():
             raise UserError(
@@ -228,11 +233,13 @@ class Pipeline:
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         if requests[0].highres_scale is None:
             return self._denoise(requests, generators, self._source(requests, generators), hooks, merged=merged)
-        firsts = [first_stage(request) for request in requests]
+        firsts = [_first_of_two(request) for request in requests]
         small = self._denoise(firsts, generators, self._source(firsts, generators), hooks, merged=merged)
         # As in sd-scripts, the second stage draws from the seed behind.
         generators = [torch.Generator().manual_seed(request.seed + 1) for request in requests]
         source = self._enlarged(requests, firsts, small, generators, hooks)
+        if requests[0].highres_uncontrolled:
+            requests = [replace(request, control_images=()) for request in requests]
         return self._denoise(requests, generators, source, hooks, merged=merged)
 
     def _source(self, requests: Sequence[ImageRequest], generators: Sequence[torch.Generator]) -> _Source | None:
@@ -299,7 +306,8 @@ class Pipeline:
         calls_per_step = len(timesteps) / first.steps
         if source is not None:
             timesteps = denoising_timesteps(scheduler, source.strength, first.steps)
-        noise = self._noise(first, generators).to(device)
+        sizes = latent_sizes(first, timesteps.tolist())
+        noise = self._noise(sizes[0], generators).to(device)
         latents = _first_latents(scheduler, timesteps, noise, source)
         sampler_noise = {"generator": list(generators)} if takes_generator(scheduler) else {}
         predictions = self._predictions(requests, merged=merged)
@@ -307,6 +315,7 @@ class Pipeline:
             hooks.before_step(Step(requests=requests, number=number, count=len(timesteps)))
             place, steps = int(number / calls_per_step), max(1, round(len(timesteps) / calls_per_step))
             prediction = predictions.of(scheduler.scale_model_input(latents, timestep), timestep, place, steps)
+            prediction, latents = (grown(each, sizes[number + 1]) for each in (prediction, latents))
             latents = scheduler.step(prediction, timestep, latents, **sampler_noise).prev_sample
             if source is not None and source.mask is not None:
                 later = timesteps[number + 1 : number + 2]
@@ -326,10 +335,9 @@ class Pipeline:
             control=self._control,
         )
 
-    def _noise(self, request: ImageRequest, generators: Sequence[torch.Generator]) -> Tensor:
+    def _noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         """(B, C, h, w), standard normal, on the CPU."""
-        height, width = request.height // LATENT_FACTOR, request.width // LATENT_FACTOR
-        shape = (1, self.models.latent_channels, height, width)
+        shape = (1, self.models.latent_channels, *size)
         return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -360,10 +368,17 @@ def read_sub_prompts(request: ImageRequest) -> tuple[SubPrompt, ...]:
     return read_prompt(request.prompt, where=where, style=request.lora_tag_style, extended=request.extended)
 
 
-def first_stage(request: ImageRequest) -> ImageRequest:
+def latent_sizes(request: ImageRequest, timesteps: Sequence[float]) -> list[Size]:
+    """(height, width) of a picture's latents before every step, and behind the last."""
+    size = (request.height // LATENT_FACTOR, request.width // LATENT_FACTOR)
+    growth = request.gradual_latent
+    return [size] * (len(timesteps) + 1) if growth is None else gradual_sizes(growth, timesteps, size)
+
+
+def _first_of_two(request: ImageRequest) -> ImageRequest:
     """The request of the first of two stages."""
-    assert request.highres_scale is not None
-    width, height = (floored_size(int(side * request.highres_scale)) for side in (request.width, request.height))
+    assert request.first_stage is not None
+    width, height = request.first_stage
     strength = request.strength if request.highres_strength is None else request.highres_strength
     return replace(request, width=width, height=height, steps=request.highres_steps, strength=strength, highres_scale=None)
 

@@ -1,22 +1,22 @@
 """How a picture was made, written into its PNG: for web interfaces, for sd-scripts, and exactly.
 
 Three readers, three forms: `parameters`, one text as A1111's web UI writes it; the separate texts of sd-scripts; and
-`recipe`, JSON with every field of the request, from which the same picture can be made again.
+`recipe`, JSON from which the same picture can be made again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.atomic import atomic_write
 from library.errors import UserError
-from library.generation.prompt_options import PromptLine
 from library.generation.requests import ImageRequest
-from library.generation.samplers import SAMPLERS
+from library.generation.samplers import canonical
+from library.generation.web_parameters import FoundRecipe, read_parameters, read_separate, web_parameters
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,41 +28,34 @@ def png_texts(request: ImageRequest, made_with: Mapping[str, Any]) -> dict[str, 
     """Keyword -> text of everything that is written.
 
     Args:
-        made_with: what the request does not hold: "model" (a name), "networks" (a list of {"name", "strength"}), and so on.
+        made_with: what the request does not hold, JSON-able; see `web_parameters` for what has a meaning to web UIs.
     """
-    return {
-        "parameters": web_parameters(request, made_with),
+    separate = {
         "prompt": request.prompt,
         "negative-prompt": request.negative_prompt,
         "seed": str(request.seed),
-        "sampler": request.sampler,
+        "sampler": canonical(request.sampler),
         "steps": str(request.steps),
         "scale": str(request.scale),
-        RECIPE: json.dumps({"image": asdict(request), "made_with": dict(made_with)}, ensure_ascii=False),
+    }
+    if request.negative_scale is not None:
+        separate["negative-scale"] = str(request.negative_scale)
+    recipe = {"image": _recipe_fields(request), "made_with": dict(made_with)}
+    return {
+        "parameters": web_parameters(request, made_with),
+        **separate,
+        RECIPE: json.dumps(recipe, ensure_ascii=False),
     }
 
 
-def web_parameters(request: ImageRequest, made_with: Mapping[str, Any]) -> str:
-    """The text that A1111's web UI and its kin read back: prompt, negative prompt, then `Name: value` pairs."""
-    pairs: dict[str, Any] = {
-        "Steps": request.steps,
-        "Sampler": SAMPLERS[request.sampler].title,
-        "CFG scale": f"{request.scale:g}",
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-    }
-    if made_with.get("model"):
-        pairs["Model"] = made_with["model"]
-    if request.clip_skip and request.clip_skip > 1:
-        pairs["Clip skip"] = request.clip_skip
-    networks = made_with.get("networks") or []
-    if networks:
-        pairs["Networks"] = '"' + ", ".join(f"{network['name']}: {network['strength']:g}" for network in networks) + '"'
-    lines = [request.prompt]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
-    return "\n".join(lines)
+_ALWAYS = ("prompt", "negative_prompt", "width", "height", "seed", "steps", "scale", "sampler", "clip_skip")
+
+
+def _recipe_fields(request: ImageRequest) -> dict[str, Any]:
+    """What every picture has, and the rest where it is not as it is by default."""
+    default = ImageRequest(prompt="", seed=0)
+    values = asdict(request).items()
+    return {name: value for name, value in values if name in _ALWAYS or value != getattr(default, name)}
 
 
 def write_png(path: Path, image: Image, request: ImageRequest, made_with: Mapping[str, Any]) -> None:
@@ -86,40 +79,67 @@ def read_recipe(path: Path) -> tuple[ImageRequest, dict[str, Any]]:
     Raises:
         UserError: not a picture, or one without our recipe.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = image.info.get(RECIPE)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"is no readable picture ({error})", where=str(path)) from None
-    if text is None:
+    texts, _ = _texts_of(path)
+    if RECIPE not in texts:
         raise UserError("holds no recipe", where=str(path), remedy="give a PNG that gen_img_diffusers.py has written")
-    try:
-        content = json.loads(text)
-        image = {name: tuple(value) if isinstance(value, list) else value for name, value in content["image"].items()}
-        return ImageRequest(**image), content["made_with"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"holds a recipe that cannot be read ({error})", where=str(path)) from None
+    return _own_recipe(texts[RECIPE], path)
 
 
-def read_prompts(path: Path) -> PromptLine:
-    """The prompt that a picture was made with, from our recipe or sd-scripts' texts, with its negative prompt.
+def read_picture(path: Path) -> FoundRecipe:
+    """What the texts of any picture say: our recipe exactly, those of web UIs and sd-scripts as well as they can be read.
 
     Raises:
-        UserError: it holds none.
+        UserError: not a picture, one without such texts, or one with a workflow of ComfyUI's instead.
     """
+    texts, size = _texts_of(path)
+    if RECIPE in texts:
+        request, made_with = _own_recipe(texts[RECIPE], path)
+        return FoundRecipe(fields=_fields(request), made_with=made_with)
+    if "parameters" in texts:
+        found = read_parameters(texts["parameters"])
+    elif "workflow" in texts or texts.get("prompt", "").lstrip().startswith("{"):
+        raise UserError("holds a workflow of ComfyUI, which is not read", where=str(path), remedy="write its prompt anew")
+    elif "prompt" in texts:
+        found = read_separate(texts, size)
+    else:
+        remedy = "give a picture as gen_img_diffusers.py, a web UI or sd-scripts has written it"
+        raise UserError("does not say how it was made", where=str(path), remedy=remedy)
+    return replace(found, notes=(*found.notes, _OTHER_PROGRAM))
+
+
+_OTHER_PROGRAM = "another program drew the picture, from noise of its own: what is drawn here is like it, and not the same"
+_EXIF, _USER_COMMENT = 0x8769, 0x9286
+
+
+def _texts_of(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
+    """Keyword -> text of a picture, and its size; the one text of a JPEG or WebP is `parameters`."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.load()
-            texts = dict(image.info)
-    except OSError as error:
+            texts = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+            comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+            size = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"is no readable picture ({error})", where=str(path)) from None
-    if not isinstance(texts.get("prompt"), str):
-        remedy = "give --prompt or --from_file, or pictures that gen_img_diffusers.py has written"
-        raise UserError("does not say with which prompt it was made", where=str(path), remedy=remedy)
-    settings = {"negative_prompt": texts["negative-prompt"]} if texts.get("negative-prompt") else {}
-    return PromptLine(prompt=texts["prompt"], settings=settings, where=str(path))
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        texts.setdefault("parameters", comment[8:].decode("utf-16-be", errors="replace"))
+    return texts, size
+
+
+def _own_recipe(text: str, path: Path) -> tuple[ImageRequest, dict[str, Any]]:
+    try:
+        content = json.loads(text)
+        image: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content["image"].items()
+        }
+        return ImageRequest(**image), dict(content["made_with"])
+    except UserError as error:
+        raise UserError(f"holds a recipe that cannot be drawn ({error})", where=str(path)) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"holds a recipe that cannot be read ({error})", where=str(path)) from None
+
+
+def _fields(request: ImageRequest) -> dict[str, Any]:
+    return {each.name: getattr(request, each.name) for each in fields(request)}

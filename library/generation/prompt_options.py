@@ -83,6 +83,10 @@ _steps = _integer(1, MAX_STEPS, f"give 1 to {MAX_STEPS}")
 _seed = _integer(0, MAX_SEED, f"give 0 to {MAX_SEED}")
 
 
+_depth = _integer(0, 8, "give 0 to 3, the downward block")
+_timestep = _integer(0, 1000, "give 0 to 1000")
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     return tuple(_seed(part.strip()) for part in text.split(","))
 
@@ -123,17 +127,25 @@ IMAGE_OPTIONS: dict[str, PromptOption] = {
     "am": PromptOption("network_strengths", _numbers),
     "ss": PromptOption("sampler", _sampler),
     "f": PromptOption("file_name", _file_name),
+    "dsd1": PromptOption("shrink_depth_1", _depth),
+    "dst1": PromptOption("shrink_until_1", _timestep),
+    "dsd2": PromptOption("shrink_depth_2", _depth),
+    "dst2": PromptOption("shrink_until_2", _timestep),
+    "dsr": PromptOption("shrink_ratio", _share),
+    "glt": PromptOption("growth_below", _timestep),
+    "glr": PromptOption("growth_ratio", _share),
+    "gls": PromptOption("growth_step", _share),
+    "gle": PromptOption("growth_every", _integer(1, MAX_STEPS, f"give 1 to {MAX_STEPS}")),
 }
 PREVIEW_OPTIONS = {name: IMAGE_OPTIONS[name] for name in ("n", "w", "h", "s", "l", "ss")} | {
     "d": PromptOption("seeds", lambda text: (_seed(text),)),
 }
 
 OTHER_MODELS = "it belongs to models this toolkit does not know yet"
-DEEP_SHRINK, GRADUAL_LATENT = "Deep Shrink comes later", "Gradual Latent comes later"
 UNAVAILABLE: dict[str, str] = {
     "c": "no library that is kept up guides pictures by CLIP",
-    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), DEEP_SHRINK),
-    **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), GRADUAL_LATENT),
+    "glsn": "new noise always has the strength that euler_a gives it",
+    "glus": "pictures that grow are not sharpened on the way",
     **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), OTHER_MODELS),
     **dict.fromkeys(("g", "ctr", "rcfg", "fs"), OTHER_MODELS),
     "cn": "control images of previews come later",

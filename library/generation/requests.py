@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from library.errors import UserError, raise_all
+from library.errors import UserError, attempt, raise_all
+from library.generation.deep_shrink import DeepShrink
+from library.generation.gradual_latent import SAMPLERS as GROWING_SAMPLERS
+from library.generation.gradual_latent import GradualLatent
 from library.generation.samplers import find_sampler
 
 LATENT_FACTOR = 8
@@ -42,11 +45,14 @@ class ImageRequest:
         highres_scale: size of a first stage, as a share; None draws in one stage.
         highres_steps: of the first stage.
         highres_strength: `strength` of the first stage, where it begins from an image; None for the same.
+        highres_uncontrolled: no ControlNet in the second stage.
         highres_latents: enlarge its latents, and not its picture.
         control_images: files, one for each ControlNet.
+        shrink_depth_1 and so on: see `deep_shrink.DeepShrink`; a `shrink_depth_1` of None is without.
+        growth_below and so on: see `gradual_latent.GradualLatent`; a `growth_below` of None is without.
 
     Raises:
-        UserError: a value out of its range; all of them at once.
+        UserError: a value out of its range, or things that exclude each other; all of them at once.
     """
 
     prompt: str
@@ -72,7 +78,17 @@ class ImageRequest:
     highres_steps: int = 28
     highres_strength: float | None = None
     highres_latents: bool = False
+    highres_uncontrolled: bool = False
     control_images: tuple[str, ...] = ()
+    shrink_depth_1: int | None = None
+    shrink_until_1: int = 650
+    shrink_depth_2: int | None = None
+    shrink_until_2: int = 650
+    shrink_ratio: float = 0.5
+    growth_below: int | None = None
+    growth_ratio: float = 0.5
+    growth_step: float = 0.125
+    growth_every: int = 3
 
     def __post_init__(self) -> None:
         problems = [
@@ -94,16 +110,66 @@ class ImageRequest:
             if not least <= value <= most:
                 remedy = f"give {least} or more" if most == math.inf else f"give {least} to {most}"
                 problems.append(UserError(f"{what} is out of range", remedy=remedy))
-        try:
-            find_sampler(self.sampler)
-        except UserError as error:
-            problems.append(error)
-        raise_all(problems)
+        attempt(lambda: find_sampler(self.sampler), problems)
+        attempt(lambda: self.deep_shrink, problems)
+        attempt(lambda: self.gradual_latent, problems)
+        raise_all(problems + self._exclusions())
+
+    def _exclusions(self) -> list[UserError]:
+        """What cannot go together."""
+        grows, shrinks = self.growth_below is not None, self.shrink_depth_1 is not None
+        rules = (
+            (shrinks and self.control_images, "Deep Shrink and ControlNet", "differ in the sizes inside the U-Net"),
+            (grows and self.control_images, "Gradual Latent and ControlNet", "differ in the size of the picture"),
+            (grows and self.regions is not None, "Gradual Latent and regions", "differ in the size of the picture"),
+            (grows and self.image is not None, "Gradual Latent and an image", "both decide what a picture begins from"),
+            (grows and self.highres_scale is not None, "Gradual Latent and two stages", "both begin in a small size"),
+        )
+        problems = [UserError(f"{pair} {why}", remedy="use one of them") for broken, pair, why in rules if broken]
+        if grows and self.sampler not in GROWING_SAMPLERS:
+            problems.append(UserError(f"Gradual Latent does not work with {self.sampler}", remedy="use euler_a"))
+        return problems
+
+    @property
+    def deep_shrink(self) -> DeepShrink | None:
+        """How the U-Net's inner blocks see it; None as it is."""
+        if self.shrink_depth_1 is None:
+            return None
+        return DeepShrink(
+            depth_1=self.shrink_depth_1,
+            until_1=self.shrink_until_1,
+            depth_2=self.shrink_depth_2,
+            until_2=self.shrink_until_2,
+            ratio=self.shrink_ratio,
+        )
+
+    @property
+    def gradual_latent(self) -> GradualLatent | None:
+        """How it grows while it is drawn; None where it does not."""
+        if self.growth_below is None:
+            return None
+        return GradualLatent(
+            below=self.growth_below,
+            ratio=self.growth_ratio,
+            ratio_step=self.growth_step,
+            every_n_steps=self.growth_every,
+        )
 
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance is on."""
         return self.scale > 1
+
+    @property
+    def first_stage(self) -> tuple[int, int] | None:
+        """Width and height of a first stage in pixels; None where there is none.
+
+        Rounded down to multiples of 32, as sd-scripts does, and no smaller than a picture can be.
+        """
+        if self.highres_scale is None:
+            return None
+        width, height = (int(side * self.highres_scale) // 32 * 32 for side in (self.width, self.height))
+        return max(width, MIN_SIZE), max(height, MIN_SIZE)
 
 
 def floored_size(pixels: int) -> int:

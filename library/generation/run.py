@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError, attempt, counted, raise_all
 from library.generation.checking import PromptAdapters, checked_model
 from library.generation.lines import prompt_lines
-from library.generation.options import GenerationOptions
+from library.generation.options import AdapterOptions, GenerationOptions
 from library.generation.output import DrawingProgress, Namer, namer
 from library.generation.planning import (
     SEEDS,
@@ -81,6 +81,8 @@ def run_generation(options: GenerationOptions) -> int:
     from library.generation.loading import load_pipeline
 
     pipeline = load_pipeline(options, run.base_model, run.adapters.find)
+    if options.adapters.show_metadata:
+        print(*_metadata_lines(options.adapters), sep="\n")
     drawing = Drawing(run, pipeline)
     count = 0
     for batch in typed_pictures(run) if options.pictures.interactive else [pictures]:
@@ -88,6 +90,15 @@ def run_generation(options: GenerationOptions) -> int:
     seconds = time.perf_counter() - started
     print(f"{counted(count, 'picture')} in {options.output.folder} ({seconds:.1f} s)")
     return LINES_LEFT_OUT if left_out else 0
+
+
+def _metadata_lines(options: AdapterOptions) -> Iterator[str]:
+    """What the files of the command line say of themselves."""
+    from library.checkpoints.metadata_view import view_lines
+    from library.checkpoints.tensor_files import open_tensor_file
+
+    for use in options.networks:
+        yield from view_lines(open_tensor_file(use.file))
 
 
 def list_adapters(folder: Path) -> int:
@@ -119,7 +130,7 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
     adapters = attempt(lambda: PromptAdapters(options.adapters, family), problems)
     folder = options.pictures.wildcards
     wildcards = attempt(lambda: None if folder is None else Wildcards(folder), problems)
-    lines = attempt(lambda: prompt_lines(options.pictures, left_out), problems)
+    lines = attempt(lambda: prompt_lines(options.pictures, options.control, left_out), problems)
     raise_all(problems + left_out if problems else [])
     assert base_model is not None  # for the type checker: without these there was a problem
     assert adapters is not None
@@ -177,11 +188,13 @@ class Drawing:
         self._run, self._pipeline = run, pipeline
         self._name: Namer = namer(run.options.output)
         self._number = 0
+        self._learned: set[Path] = set()
 
     def draw(self, pictures: Sequence[PlannedPicture]) -> int:
         """Returns how many."""
         from library.generation.pipeline import Hooks
 
+        self._learn(self._run.adapters.files())
         requests = [picture.request for picture in pictures]
         progress = DrawingProgress(requests)
         hooks = Hooks(before_step=progress.before_step)
@@ -197,6 +210,14 @@ class Drawing:
             progress.close()
         self._number += len(pictures)
         return len(pictures)
+
+    def _learn(self, files: Sequence[Path]) -> None:
+        """Teach the text encoder the words that come with adapter files."""
+        from library.generation.loading import learn_bundled
+
+        for note in learn_bundled(self._pipeline.models, [file for file in files if file not in self._learned]):
+            print(note)
+        self._learned.update(files)
 
     def _save_first_stage(self, request: ImageRequest, image: Image) -> None:
         picture = PlannedPicture(request=request, raw_prompt=request.prompt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -210,4 +209,4 @@ def test_names_in_the_listing_find_their_files(folder):
 
 def test_an_empty_folder_has_a_listing(tmp_path):
     assert listing_lines(LoraShelf(tmp_path).entries()) == ["0 files"]
-    assert json.dumps(LoraShelf(None).entries()) == "[]"
+    assert LoraShelf(None).entries() == []

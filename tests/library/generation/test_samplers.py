@@ -144,6 +144,7 @@ def one_loop(scheduler):
     return x
 
 
+@pytest.mark.filterwarnings("ignore:.*dpmsolver:FutureWarning")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", [name for name in DIFFERENT if not name.startswith("lms")])  # diffusers' needs scipy
 def test_a_sampler_is_the_scheduler_it_stands_for(name, prediction_type):
