@@ -23,7 +23,7 @@ def namer(options: OutputOptions) -> Namer:
     """Names as the options want them; a name that a prompt gives comes first. None is that of a file that exists."""
     own = sequential_names(options.folder) if options.sequential_names else timed_names(options.folder)
 
-    def name(number: int, picture: PlannedPicture, stage: str = "") -> Path:
+    def name(number: int, picture: PlannedPicture, stage: str) -> Path:
         stem = None
         if picture.file_name is not None:
             stem = Path(picture.file_name).stem

@@ -188,8 +188,8 @@ class Pipeline:
         groups: dict[Hashable, list[int]] = {}
         for number, request in enumerate(requests):
             begins = (request.image is None, request.mask is None, request.strength)
-            stages = (request.highres_scale, request.highres_steps, request.highres_strength, request.highres_latents)
-            stages += (request.highres_uncontrolled,)
+            first = (request.highres_scale, request.highres_steps, request.highres_strength)
+            stages = (*first, request.highres_latents, request.highres_uncontrolled)
             sizes = (request.width, request.height, request.deep_shrink, request.gradual_latent)
             loop = (sizes, request.steps, request.sampler, begins, stages)
             rows = self._rows(request, maps=False)

@@ -203,7 +203,7 @@ class Drawing:
         try:
             drawn = self._pipeline.stream(requests, batch_size=self._run.options.pictures.batch_size, hooks=hooks)
             for number, image in drawn:
-                path = self._name(self._number + number, pictures[number])
+                path = self._name(self._number + number, pictures[number], "")
                 write_png(path, image, requests[number], self._made_with(pictures[number]))
                 progress.drawn(path)
         finally:

@@ -18,7 +18,7 @@ from typing import Any
 from library.errors import UserError, attempt, near_names, raise_all
 from library.families.block_weights import PRESETS, read_block_weights
 from library.numbers import finite_number, whole_number
-from library.prompts.strengths import NOTHING, ONE, AdapterStrength, StepValues
+from library.prompts.strengths import ZERO, ONE, AdapterStrength, StepValues
 
 STYLES = ("sdnext", "a1111")
 KINDS = ("lora", "lyco")
@@ -151,10 +151,10 @@ def _strength(values: Mapping[str, Any], where: str) -> AdapterStrength:
     inputs, middle, outputs = (values.get(section, unet) for section in ("in", "mid", "out"))
     only = values.get("module")
     return AdapterStrength(
-        text_encoder=NOTHING if only == "unet" else text_encoder,
-        inputs=NOTHING if only == "te" else inputs,
-        middle=NOTHING if only == "te" else middle,
-        outputs=NOTHING if only == "te" else outputs,
+        text_encoder=ZERO if only == "unet" else text_encoder,
+        inputs=ZERO if only == "te" else inputs,
+        middle=ZERO if only == "te" else middle,
+        outputs=ZERO if only == "te" else outputs,
         block_weights=values.get("lbw"),
         start=start,
         stop=stop,

@@ -50,7 +50,7 @@ def share_of_run(step: int, steps: int) -> float:
 
 
 ONE = StepValues.constant(1.0)
-NOTHING = StepValues.constant(0.0)
+ZERO = StepValues.constant(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
