@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -171,6 +172,7 @@ def encode(
     *,
     clip_skip: int | None = None,
     weight_mode: WeightMode = "multiply",
+    whole_chunks: bool = False,
 ) -> Tensor:
     """Conditions of a batch of tokens.
 
@@ -180,9 +182,11 @@ def encode(
         clip_skip: k takes the k-th layer's output from the end, with the final norm; None and 1 are the last one's.
         weight_mode: "multiply" scales each token's vector (training); "keep_mean" then scales the whole so that its mean is
             what it was without weights, as AUTOMATIC1111 does (generation).
+        whole_chunks: keep start and end of every chunk, as programs that draw pictures do; training leaves out the inner ones.
 
     Returns:
-        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; in the encoder's dtype and device.
+        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), all of every chunk.
+        In the encoder's dtype and device.
 
     Raises:
         ValueError: for a clip_skip that the encoder has no layer for.
@@ -190,10 +194,11 @@ def encode(
     count, chunks, _ = tokens.ids.shape
     device = next(text_encoder.parameters()).device
     hidden = _hidden_states(text_encoder, tokens.ids.to(device).flatten(0, 1), clip_skip)
-    joined = _joined(hidden.unflatten(0, (count, chunks)))
+    join = partial(torch.flatten, start_dim=1, end_dim=2) if whole_chunks else _joined
+    joined = join(hidden.unflatten(0, (count, chunks)))
     if tokens.weights is None:
         return joined
-    return _weighted(joined, _joined(tokens.weights.to(device)), weight_mode)
+    return _weighted(joined, join(tokens.weights.to(device)), weight_mode)
 
 
 def _hidden_states(text_encoder: Any, ids: Tensor, clip_skip: int | None) -> Tensor:

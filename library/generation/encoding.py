@@ -72,7 +72,7 @@ class PromptEncoder:
         prepare: Callable[[], object],
         device: torch.device,
     ) -> Tensor:
-        """(1, chunks * 75 + 2, D): the condition of a text.
+        """(1, chunks * 77, D): the condition of a text.
 
         Args:
             chunks: as many as `chunks_needed` or more.
@@ -84,7 +84,9 @@ class PromptEncoder:
             tokens = clip_text.chunk_batch(self._tokenizer, [self._chunks_of(text, extended)], chunks=chunks)
             prepare()
             with on_device(self._text_encoder, device, stays=self._stays):
-                condition = clip_text.encode(self._text_encoder, tokens, clip_skip=clip_skip, weight_mode="keep_mean")
+                condition = clip_text.encode(
+                    self._text_encoder, tokens, clip_skip=clip_skip, weight_mode="keep_mean", whole_chunks=True
+                )
             self._known[key] = condition.to(device)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)

@@ -89,6 +89,14 @@ def test_conditions_join_the_chunks_without_their_inner_ends(text_encoder, token
     torch.testing.assert_close(conditions[0], expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_whole_chunks_are_each_what_the_encoder_makes_of_them(text_encoder, tokenizer):
+    tokens = chunk_batch(tokenizer, [text_chunks(tokenizer, "cat " * 80, breaks=True)], chunks=2)
+    whole = encode(text_encoder, tokens, whole_chunks=True)
+    chunks = [text_encoder(chunk[None]).last_hidden_state for chunk in tokens.ids[0]]
+    torch.testing.assert_close(whole, torch.cat(chunks, dim=1))
+
+
 def truncated(text_encoder: torch.nn.Module, ids: Tensor, layers: int) -> Tensor:
     """Reference: an encoder of the first `layers` layers only, with the final norm."""
     import copy
