@@ -79,6 +79,14 @@ class BaseModelFiles:
             return [shipped_tokenizer(self.family)]
         return [load_tokenizer(self.tokenizer_folder)]
 
+    @property
+    def own_side(self) -> int:
+        """Pixels along one side of the pictures that the model was made for."""
+        latents = self.parts[UNET].config.get("sample_size")
+        if isinstance(latents, int) and latents != self.family.unet_config["sample_size"]:
+            return latents * self.family.latent_factor
+        return self.family.default_resolution[self.resolved_prediction_type]
+
     def notes(self) -> list[str]:
         """What is taken for granted about the model, for the user to read."""
         notes = []

@@ -136,8 +136,8 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
     assert adapters is not None
     assert lines is not None
     pictures = options.pictures
-    resolution = base_model.family.default_resolution[base_model.resolved_prediction_type]
-    defaults = {"width": resolution, "height": resolution, "lora_tag_style": options.adapters.tag_style, **pictures.settings}
+    side = base_model.own_side
+    defaults = {"width": side, "height": side, "lora_tag_style": options.adapters.tag_style, **pictures.settings}
     repeats = repetition_notes(lines, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations)
     plan = Plan(
         seed=random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed,

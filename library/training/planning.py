@@ -85,18 +85,17 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     assert accelerator is not None  # for the type checker: what is None here was a problem
     assert base is not None
     assert dataset is not None
-    family, prediction_type = base.family, base.resolved_prediction_type
     seed = _common_seed(options, accelerator)
     return PlannedRun(
         options=options,
         accelerator=accelerator,
         base=base,
-        prediction_type=prediction_type,
+        prediction_type=base.resolved_prediction_type,
         dataset=dataset,
         length=run_length(options.length, dataset.batches_per_epoch(accelerator.num_processes)),
         seed=seed,
         started_at=time.time(),
-        preview_requests=_preview_requests(options, preview_lines, family.default_resolution[prediction_type], seed),
+        preview_requests=_preview_requests(options, preview_lines, base.own_side, seed),
     )
 
 
@@ -128,14 +127,12 @@ def _preview_lines(options: TrainingOptions) -> list[PromptLine]:
     return read_preview_prompts(options.previews.prompts)
 
 
-def _preview_requests(
-    options: TrainingOptions, lines: Sequence[PromptLine], resolution: int, seed: int
-) -> list[ImageRequest]:
-    """The pictures of --sample_prompts; steps and scale as sd-scripts has them by default, the size the family's."""
+def _preview_requests(options: TrainingOptions, lines: Sequence[PromptLine], side: int, seed: int) -> list[ImageRequest]:
+    """The pictures of --sample_prompts; steps and scale as sd-scripts has them by default, the size the model's."""
     from library.generation.planning import preview_requests
 
     defaults = {
-        **{"width": resolution, "height": resolution, "steps": 30, "scale": 7.5},
+        **{"width": side, "height": side, "steps": 30, "scale": 7.5},
         **{"sampler": options.previews.sampler, "clip_skip": options.captions.clip_skip},
     }
     return preview_requests(lines, defaults, seed=seed)
