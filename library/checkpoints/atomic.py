@@ -39,7 +39,8 @@ def check_writable(path: Path, size: int = 0) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str, *, size: int = 0, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that takes `path`'s place when the block ends, and leaves no trace when it fails or is interrupted.
+    """A binary file, to write and to read, that takes `path`'s place when the block ends, and leaves no trace when it fails
+    or is interrupted.
 
     Args:
         path: where the file will stand; a link keeps pointing where it does and its target is replaced.
@@ -53,7 +54,7 @@ def atomic_write(path: Path | str, *, size: int = 0, durable: bool = True) -> It
     check_writable(target, size)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             yield file
             file.flush()
             if durable:

@@ -1,4 +1,5 @@
-"""Writing tensor files: whole or not at all, one tensor at a time, with the hashes that other programs look for.
+"""Writing tensor files: whole or not at all, one tensor at a time, compared with what the disk got, with the hashes that
+other programs look for.
 
 The safetensors layout follows that library's own writer (types from wide to narrow, then names), so that the hash of the
 data section is the same whoever writes the tensors.
@@ -9,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.atomic import atomic_write
+from library.checkpoints.block_writing import write_and_compare
+from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_places import ITEM_SIZES, SAFETENSORS_DTYPES
+from library.errors import UserError
+from library.parallel import over_cores, ticks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +36,8 @@ TensorLayout = tuple[str, str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is made only when its turn to be written comes: `make` must return exactly this shape and type.
+    """A tensor that is made only when its turn to be written comes, on another thread: `make` must return exactly this shape
+    and type.
 
     Attributes:
         dtype: torch's name without "torch.".
@@ -49,14 +54,12 @@ class PlannedTensor:
 
 def with_progress(planned: Mapping[str, PlannedTensor], progress: Callable[[int, int], object]) -> dict[str, PlannedTensor]:
     """The same tensors, which tell (made so far, in all) as they are made."""
-    done = 0
+    tick = ticks(progress, len(planned))
 
     def counting(tensor: PlannedTensor) -> PlannedTensor:
         def make() -> Tensor:
-            nonlocal done
             made = tensor.make()
-            done += 1
-            progress(done, len(planned))
+            tick()
             return made
 
         return replace(tensor, make=make)
@@ -77,7 +80,7 @@ def write_tensors(
 
     Args:
         path: where to.
-        tensors: on any device; planned ones are made one at a time, on another thread than the caller's.
+        tensors: on any device; planned ones are made when their turn comes, a few at once on other threads.
         metadata: texts for the header.
         add_hashes: add `sshs_model_hash` and `sshs_legacy_hash`, as adapter files carry them.
 
@@ -106,10 +109,21 @@ def write_torch_file(
     """
     import torch
 
-    state = {key: tensor.make().detach().cpu() for key, tensor in planned.items()}
+    made = over_cores(lambda tensor: tensor.make().detach().cpu(), planned.values())
+    state = dict(zip(planned, made, strict=True))
     content = state if counters is None else {"state_dict": state, **counters}
     with atomic_write(path, size=sum(tensor.size for tensor in planned.values())) as file:
         torch.save(content, file)
+    written = open_tensor_file(path)
+    if not all(_same_bytes(written.read(key), tensor) for key, tensor in state.items()):
+        raise UserError("differs from what was meant", where=str(path), remedy="the disk may be at fault; save elsewhere")
+
+
+def _same_bytes(tensor: Tensor, other: Tensor) -> bool:
+    import torch
+
+    first, second = (each.contiguous().reshape(-1).view(torch.uint8) for each in (tensor, other))
+    return torch.equal(first, second)
 
 
 def _write_safetensors(path: Path, planned: dict[str, PlannedTensor], metadata: dict[str, str], add_hashes: bool) -> None:
@@ -117,13 +131,17 @@ def _write_safetensors(path: Path, planned: dict[str, PlannedTensor], metadata: 
     hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8} if add_hashes else {}
     layout = [(key, tensor.dtype, tensor.shape) for key, tensor in ordered]
     header = safetensors_header(layout, {**metadata, **hashes})
-    with atomic_write(path, size=len(header) + sum(tensor.size for _, tensor in ordered)) as file:
-        file.write(header)
-        hasher = SectionHasher.for_file(layout, metadata)
-        for chunk in _made_ahead(ordered):
-            file.write(chunk)
+    hasher = SectionHasher.for_file(layout, metadata)
+
+    def content() -> Iterator[bytes | memoryview]:
+        yield header
+        for chunk in over_cores(_bytes_of, ordered):
             if add_hashes:
                 hasher.update(chunk)
+            yield chunk
+
+    with atomic_write(path, size=len(header) + sum(tensor.size for _, tensor in ordered)) as file:
+        write_and_compare(file, content())
         if add_hashes:
             file.seek(0)
             file.write(safetensors_header(layout, {**metadata, **hasher.hashes()}))
@@ -176,21 +194,10 @@ def safetensors_header(layout: list[TensorLayout], metadata: Mapping[str, str]) 
     return len(text).to_bytes(8, "little") + text
 
 
-def _made_ahead(ordered: Sequence[tuple[str, PlannedTensor]]) -> Iterator[memoryview]:
-    """The bytes of every tensor in turn; while the caller writes one, the next is made on another thread."""
-    with ThreadPoolExecutor(1) as worker:
-        waiting = [worker.submit(_bytes_of, *first) for first in ordered[:1]]
-        for following in [*ordered[1:], None]:
-            chunk = waiting.pop().result() if waiting else None
-            if following is not None:
-                waiting.append(worker.submit(_bytes_of, *following))
-            if chunk is not None:
-                yield chunk
-
-
-def _bytes_of(key: str, planned: PlannedTensor) -> memoryview:
+def _bytes_of(item: tuple[str, PlannedTensor]) -> memoryview:
     import torch
 
+    key, planned = item
     tensor = planned.make().detach().cpu().contiguous()
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tuple(tensor.shape) != planned.shape or dtype != planned.dtype:

@@ -182,10 +182,10 @@ def encode(
         clip_skip: k takes the k-th layer's output from the end, with the final norm; None and 1 are the last one's.
         weight_mode: "multiply" scales each token's vector (training); "keep_mean" then scales the whole so that its mean is
             what it was without weights, as AUTOMATIC1111 does (generation).
-        whole_chunks: keep start and end of every chunk, as programs that draw pictures do; training leaves out the inner ones.
+        whole_chunks: keep start and end of every chunk, as programs that draw pictures do; training leaves out inner ones.
 
     Returns:
-        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), all of every chunk.
+        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), every chunk whole.
         In the encoder's dtype and device.
 
     Raises:

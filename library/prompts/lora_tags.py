@@ -18,7 +18,7 @@ from typing import Any
 from library.errors import UserError, attempt, near_names, raise_all
 from library.families.block_weights import PRESETS, read_block_weights
 from library.numbers import finite_number, whole_number
-from library.prompts.strengths import ZERO, ONE, AdapterStrength, StepValues
+from library.prompts.strengths import ONE, ZERO, AdapterStrength, StepValues
 
 STYLES = ("sdnext", "a1111")
 KINDS = ("lora", "lyco")

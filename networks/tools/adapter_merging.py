@@ -17,6 +17,7 @@ from library.checkpoints.metadata import ModelDescription, modelspec_metadata, r
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, raise_all, some_names
 from library.families.family import EPSILON, ModelFamily
+from library.parallel import one_thread, over_cores
 from networks.formats.base_weights import BaseWeights
 from networks.formats.files import save_tensors
 from networks.formats.readers import readers_sentence, readings
@@ -91,6 +92,26 @@ class AdapterReport:
     empty: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What was made of one layer; a change of the weight's size does not outlive it.
+
+    Attributes:
+        tensors: as they are to be saved, not rounded yet.
+        dtype: to round them to.
+        norm: of the change that was wanted.
+        cut: of what of that `meant` leaves out. What rounding moves is nearly orthogonal to it.
+        meant: what the rounded tensors are measured against; None where they are rounded, and `cut` is all that is lost.
+    """
+
+    tensors: LayerTensors
+    dtype: torch.dtype
+    norm: float
+    cut: float
+    meant: Change | None
+
+
+@torch.no_grad()
 def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[str], dict[str, object]]:
     """Write the merged adapter; it is opened again and compared with what was computed.
 
@@ -104,17 +125,6 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[s
     Raises:
         UserError: what does not fit together, before anything is written; or a place that cannot be written to.
     """
-    threads = torch.get_num_threads()
-    if options.method is None and options.base is None:
-        torch.set_num_threads(1)  # thin factors are too small to be shared by threads, which would only wait for each other
-    try:
-        with torch.no_grad():
-            return _merge(options, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _merge(options: AdapterMerge, progress: Progress) -> tuple[list[str], dict[str, object]]:
     target = options.target
     if target.exists() and any(given.path.exists() and target.samefile(given.path) for given in options.inputs):
         raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another file")
@@ -124,22 +134,25 @@ def _merge(options: AdapterMerge, progress: Progress) -> tuple[list[str], dict[s
     report = AdapterReport()
     names, report.skipped = known_layers(sources, family, allow_unmatched=options.allow_unmatched)
     base = _open_base(options.base, family) if options.base else None
-    layers, wanted = _merged_layers(names, sources, base, options, report, progress)
-    if not layers:
-        raise UserError("nothing is left to write", where="--ratios", remedy="give ratios that are not all 0")
-    _measure(layers, wanted, report)
+    layers = _saved_layers(_merged_layers(names, sources, base, options, report, progress), options, report)
     tensors = flat(layers)
-    save_tensors(target, tensors, None, _metadata(sources, layers, options))
-    prove(target, tensors, layers, family)
+    with one_thread():
+        save_tensors(target, tensors, None, _metadata(sources, layers, options))
+        prove(target, tensors, layers, family)
     lines = [*_table(report, family), *_skipped_lines(report), _last_line(options, sources)]
     return lines, _content(report, options)
 
 
-def _measure(layers: Mapping[str, LayerTensors], wanted: Mapping[str, Change], report: AdapterReport) -> None:
-    for name, tensors in layers.items():
-        lost = wanted[name].distance(written_change(tensors, wanted[name].spec))
-        report.norms[name] = (lost, wanted[name].norm())
-        report.ranks[name] = len(tensors[DOWN]) if DOWN in tensors else 0
+def _measure(merged: Mapping[str, Merged], layers: Mapping[str, LayerTensors], report: AdapterReport) -> None:
+    def lost(name: str) -> float:
+        layer = merged[name]
+        if layer.meant is None:
+            return layer.cut
+        return math.hypot(layer.cut, layer.meant.distance(written_change(layers[name], layer.meant.spec)))
+
+    for name, value in zip(layers, over_cores(lost, layers), strict=True):
+        report.norms[name] = (value, merged[name].norm)
+        report.ranks[name] = len(layers[name][DOWN]) if DOWN in layers[name] else 0
 
 
 def _open_base(path: str, family: ModelFamily) -> BaseWeights:
@@ -157,34 +170,65 @@ def _merged_layers(
     options: AdapterMerge,
     report: AdapterReport,
     progress: Progress,
-) -> tuple[dict[str, LayerTensors], dict[str, Change]]:
-    """Layer -> rounded tensors, and what they are to mean.
+) -> dict[str, Merged]:
+    """Layer -> what was made of it.
 
     Raises:
         UserError: layers that depend on a base model that was not given, or do not fit together.
     """
     how = Arithmetic(method=options.method, dtype=getattr(torch, options.arithmetic), device=options.device)
-    layers: dict[str, LayerTensors] = {}
-    wanted: dict[str, Change] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    merged: dict[str, Merged] = {}
     problems: dict[str, list[LayerError]] = {}
-    for done, name in enumerate(names, start=1):
-        terms, dtype = _terms(name, sources, base, options)
+
+    def work(name: str) -> Merged | LayerError | None:
         try:
-            if terms:
-                change = wanted_change(terms, how)
-                layers[name] = tensors_of(change, options.limit)
-                wanted[name], dtypes[name] = change.cpu(), dtype
-            else:
-                report.empty.append(name)
+            terms, dtype = _terms(name, sources, base, options)
+            return _merged(wanted_change(terms, how), options.limit, dtype) if terms else None
         except LayerError as error:
-            problems.setdefault(f"{error.what}; {error.remedy}" if error.remedy else error.what, []).append(error)
+            return error
+
+    for done, (name, made) in enumerate(zip(names, over_cores(work, names), strict=True), start=1):
+        if isinstance(made, LayerError):
+            problems.setdefault(f"{made.what}; {made.remedy}" if made.remedy else made.what, []).append(made)
+        elif made is None:
+            report.empty.append(name)
+        else:
+            merged[name] = made
         progress(done, len(names))
     raise_all([_of_layers(errors) for errors in problems.values()])
-    if options.shuffle:
-        layers = {name: shuffled(name, tensors) for name, tensors in layers.items()}
-    layers = with_one_alpha(layers)
-    return {name: {key: rounded(each, dtypes[name]) for key, each in own.items()} for name, own in layers.items()}, wanted
+    return merged
+
+
+def _merged(change: Change, limit: RankLimit | None, dtype: torch.dtype) -> Merged:
+    tensors, norm = {key: value.cpu() for key, value in tensors_of(change, limit).items()}, change.norm()
+    change = change.cpu()
+    if change.product is not None:
+        return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=0.0, meant=change)
+    if DOWN not in tensors:
+        tensors = {key: rounded(value, dtype) for key, value in tensors.items()}
+        return Merged(
+            tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(written_change(tensors, change.spec)), meant=None
+        )
+    meant = written_change(tensors, change.spec)
+    return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(meant), meant=meant)
+
+
+def _saved_layers(merged: Mapping[str, Merged], options: AdapterMerge, report: AdapterReport) -> dict[str, LayerTensors]:
+    """Layer -> its tensors as the file holds them, measured.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not merged:
+        raise UserError("nothing is left to write", where="--ratios", remedy="give ratios that are not all 0")
+    layers = {name: shuffled(name, layer.tensors) if options.shuffle else layer.tensors for name, layer in merged.items()}
+    with one_thread():
+        layers = {
+            name: {key: rounded(each, merged[name].dtype) for key, each in own.items()}
+            for name, own in with_one_alpha(layers).items()
+        }
+    _measure(merged, layers, report)
+    return layers
 
 
 def _of_layers(errors: Sequence[LayerError]) -> UserError:

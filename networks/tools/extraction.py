@@ -20,11 +20,11 @@ from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, VAE
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
 from library.errors import UserError
+from library.parallel import over_cores
 from networks.formats.file_adapters import stream_layers
 from networks.tools.conversion import DOWN, UP, LayerTensors, with_whole_attention
 from networks.tools.file_conversion import DTYPES, rounded
 from networks.tools.model_differences import TensorPair, open_pair, tensor_pairs
-from networks.tools.parallel import over_cores
 from networks.tools.rank_choice import RankRule, decompose, squared_norm
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from torch import Tensor
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, some_names
 from library.families.family import ModelFamily
+from library.parallel import over_cores
 from networks.core.algorithms import algorithm_of
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import family_of_adapter_file, stream_layers
@@ -41,7 +42,6 @@ from networks.tools.conversion import (
     with_whole_attention,
     with_width_shown,
 )
-from networks.tools.parallel import over_cores
 
 if TYPE_CHECKING:
     from library.checkpoints.tensor_places import TensorFile

@@ -27,6 +27,7 @@ from networks.core.products import (
 )
 from networks.tools.conversion import DOWN, UP, LayerError, LayerTensors, SourceLayer
 from networks.tools.dense_merging import Method
+from networks.tools.rank_choice import squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +97,13 @@ class Change:
         if self.product is not None:
             return norm_of_product(*self.product)
         assert self.dense is not None
-        return float(torch.linalg.vector_norm(self.dense.double()))
+        return squared_norm(self.dense) ** 0.5
 
     def distance(self, other: Change) -> float:
         """Frobenius norm of the difference of two changes of the weight."""
         if self.product is not None and other.product is not None:
             return norm_of_difference(self.product, other.product)
-        difference = self.matrix().double() - other.matrix().double()
-        return float(torch.linalg.vector_norm(difference))
+        return squared_norm(self.matrix() - other.matrix()) ** 0.5
 
     def matrix(self) -> Tensor:
         """The change as a matrix (out, rest), fp32; of a norm as a vector."""

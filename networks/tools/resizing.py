@@ -18,6 +18,7 @@ from torch import Tensor
 
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, some_names
+from library.parallel import one_thread, over_cores
 from networks.core.additive import AdditiveAdapter
 from networks.core.products import balanced_factors
 from networks.formats.file_adapters import family_of_adapter_file, stream_layers
@@ -26,7 +27,6 @@ from networks.formats.readers import readers_sentence, readings
 from networks.formats.traits import read_header
 from networks.tools.conversion import DOWN, UP, LayerError, LayerTensors, SourceLayer, with_alpha
 from networks.tools.file_conversion import flat, prove, rounded
-from networks.tools.parallel import over_cores
 
 if TYPE_CHECKING:
     from library.families.family import ModelFamily
@@ -189,8 +189,9 @@ def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | Non
         written[layer.name] = saved
         if layer.rank:
             errors[layer.name] = norms
-    save_tensors(options.target, flat(written), None, _metadata(file.metadata, layers, alpha, options))
-    prove(options.target, flat(written), written, family)
+    with one_thread():
+        save_tensors(options.target, flat(written), None, _metadata(file.metadata, layers, alpha, options))
+        prove(options.target, flat(written), written, family)
     return ResizeReport(
         layers=layers, errors=errors, alpha=alpha, lines=tuple(_lines(options, layers, errors, alpha, family))
     )

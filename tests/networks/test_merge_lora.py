@@ -481,7 +481,7 @@ sys.path.insert(0, {root!r})
 from networks.tools import checkpoint_merging
 real = checkpoint_merging.MergedWeights.__call__
 def dying(self, kind, name, tensor):
-    if len(self.checksums) == 20:
+    if len(self.given) == 20:
         os.kill(os.getpid(), signal.SIGTERM)
     return real(self, kind, name, tensor)
 checkpoint_merging.MergedWeights.__call__ = dying

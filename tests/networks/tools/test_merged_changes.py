@@ -11,7 +11,7 @@ import torch
 from networks.core.products import svd
 from networks.formats.file_adapters import adapter_of_layer
 from networks.tools.conversion import DOWN, SourceLayer
-from networks.tools.dense_merging import Method
+from networks.tools.dense_merging import Method, largest
 from networks.tools.merged_changes import Arithmetic, RankLimit, tensors_of, wanted_change, written_change
 from tests.networks.cases import CASES, acting, layer_and_input, new_adapter
 
@@ -114,3 +114,14 @@ def test_a_method_acts_on_the_change_of_the_weight():
     written = written_change(tensors_of(change, RankLimit(rank=4, conv_rank=4)), change.spec)
     values = svd(expected.flatten(1))[1]
     assert change.distance(written) == pytest.approx(float(values[4:].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [[3.0, -5, 1, 4, 0, -2], [2.0, -2, 2, 2, -2, 2], [0.0, 0, 0, 0, 0, 1]])
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
+def test_as_many_of_the_largest_values_are_kept_as_were_asked_for(values, count):
+    change = torch.tensor(values).view(2, 3)
+    kept = largest(change, count / 6 + 1e-9)
+    chosen = change.flatten()[change.flatten().abs().argsort(descending=True)[:count]]
+    assert kept.abs().flatten().sort().values[6 - count :].tolist() == sorted(chosen.abs().tolist())
+    assert (kept != 0).sum() <= count
+    assert torch.equal(kept[kept != 0], change[kept != 0])

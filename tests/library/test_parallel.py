@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.parallel import over_cores
 from networks.tools.comparing import is_finite, same_values
-from networks.tools.parallel import over_cores
 
 
 def test_results_come_in_order_and_few_items_are_read_before_their_turn():

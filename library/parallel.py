@@ -1,15 +1,15 @@
-"""Work on one layer after the other, several at a time, with few of them in memory."""
+"""Work on one layer or tensor after the other, several at a time, with few of them in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from threading import Lock
 from typing import TypeVar
-
-import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,6 +25,8 @@ def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         work: called on other threads, at once for several items, with gradients off.
         items: read lazily.
     """
+    import torch
+
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
     source = iter(items)
     torch.set_num_threads(1)
@@ -42,6 +44,34 @@ def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch use the caller's thread alone: over many small tensors, threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def ticks(progress: Callable[[int, int], object], total: int) -> Callable[[], None]:
+    """A function for several threads to call when one of `total` items is done; it tells (done so far, total)."""
+    done, lock = 0, Lock()
+
+    def tick() -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            progress(done, total)
+
+    return tick
+
+
 def _without_gradients(work: Callable[[Item], Result], item: Item) -> Result:
+    import torch
+
     with torch.no_grad():
         return work(item)
