@@ -84,15 +84,18 @@ def _write_block(descriptor: int, buffers: Buffers, length: int, start: int) -> 
 
 @contextlib.contextmanager
 def _past_cache(descriptor: int) -> Iterator[None]:
-    """Write and read without the system's page cache, where there is a way."""
+    """Write and read a new file without the system's page cache, where there is a way."""
     if not hasattr(os, "O_DIRECT"):
         yield
         return
     import fcntl
 
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    with contextlib.suppress(OSError):  # some file systems have no way
+    try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        os.pwrite(descriptor, mmap.mmap(-1, _SECTOR), 0)  # some file systems have no way, and some of them say so only here
+    except OSError:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
     try:
         yield
     finally:

@@ -185,8 +185,8 @@ def encode(
         whole_chunks: keep start and end of every chunk, as programs that draw pictures do; training leaves out inner ones.
 
     Returns:
-        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), every chunk whole.
-        In the encoder's dtype and device.
+        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), whole chunks. In
+        the encoder's dtype and device.
 
     Raises:
         ValueError: for a clip_skip that the encoder has no layer for.
