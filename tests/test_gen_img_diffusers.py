@@ -13,24 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
 from library.checkpoints import base_model
-from library.checkpoints.base_model import open_base_model
 from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
 from library.cli.options import FLAG, all_options
 from library.families.sd1 import SD1
 from library.generation.planning import image_seed
 from library.generation.png_info import read_recipe
 from networks import lora
+from tests.support.drawing import SMALL, draw, pixels, write_lora
 from tests.support.tiny_models import build_tiny_parts
 
 ROOT = Path(gen_img_diffusers.__file__).parent
 FROZEN = ROOT / "tests" / "library" / "generation" / "gen_img_diffusers_options.txt"
 OPTIONS = all_options(GENERATION_OPTIONS)
-SMALL = ("--W", "64", "--H", "64", "--steps", "1")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -40,35 +38,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
 
 
-def draw(*arguments: object) -> list[Path]:
-    """The script in this process; the pictures of its output folder in the order of their names."""
-    arguments = tuple(map(str, arguments))
-    assert gen_img_diffusers.main([*arguments, *(() if "--W" in arguments else SMALL)]) == 0
-    return sorted(Path(arguments[arguments.index("--outdir") + 1]).glob("*.png"))
-
-
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What the script says when it refuses a command line."""
     assert gen_img_diffusers.main(list(map(str, arguments))) == 2
     return capsys.readouterr().err
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-def write_lora(path: Path, model: Path, metadata: dict[str, str] | None = None) -> Path:
-    """A LoRA for a tiny model, whose every tensor acts."""
-    files = open_base_model(model)
-    dtype_and_place = {"dtype": torch.float32, "device": "cpu"}
-    text_encoders, denoiser = files.load_text_encoders(**dtype_and_place), files.load_denoiser(**dtype_and_place)
-    network = lora.create_network(1.0, 4, 4, None, text_encoders, denoiser)
-    with torch.no_grad():
-        for number, parameter in enumerate(network.parameters()):
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    network.save_weights(path, torch.float32, metadata)
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
