@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from library.checkpoints.atomic import atomic_write
+from library.checkpoints.atomic import atomic_write, tidy_when_ended
 from library.dataset.images import BadImageError
 from library.errors import UserError, counted
 from library.resizing.folder import FolderPlan, ImageTask, ResizeOptions
@@ -92,7 +92,7 @@ def _results(tasks: Sequence[ImageTask], processes: int) -> Iterator[tuple[Image
         yield from ((task, resize_image(task)) for task in tasks)
         return
     context = _process_context()
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_mind_signals) as pool:
         waiting = {pool.submit(resize_image, task): task for task in tasks}
         try:
             for future in as_completed(waiting):
@@ -112,8 +112,9 @@ def _process_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _mind_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    tidy_when_ended()
 
 
 def resize_image(task: ImageTask) -> Outcome:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.checkpoints.atomic import check_writable
+from library.checkpoints.atomic import check_writable, unfinished
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
 from library.checkpoints.model_writing import config_metadata, counters_of, plan_single_file, write_folder
@@ -286,14 +284,12 @@ def _write_folder(model: BaseModelFiles, change: MergedWeights, options: Checkpo
         progress(done, total)
         return made
 
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write_folder(model, temporary, dtype=options.saved, change=counting)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"could not be written ({error.strerror or error})", where=str(target)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with unfinished(target) as temporary:
+        try:
+            write_folder(model, temporary, dtype=options.saved, change=counting)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise UserError(f"could not be written ({error.strerror or error})", where=str(target)) from error
 
 
 def _check_written(target: Path, change: MergedWeights) -> None:

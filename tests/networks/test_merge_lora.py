@@ -482,22 +482,31 @@ from networks.tools import checkpoint_merging
 real = checkpoint_merging.MergedWeights.__call__
 def dying(self, kind, name, tensor):
     if len(self.checksums) == 20:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), {number})
     return real(self, kind, name, tensor)
 checkpoint_merging.MergedWeights.__call__ = dying
+from library.cli.doors import run_door
 from networks.merge_lora import work
-work(sys.argv[1:])
+sys.exit(run_door("merge_lora", work))
 """
 
 
-def test_a_killed_merge_leaves_no_file_of_that_name(files, tiny_sd1_file, tmp_path):
-    target = tmp_path / "new.safetensors"
-    words = ["--sd_model", tiny_sd1_file, "--models", files("lora"), "--save_to", target]
-    script = KILLED_WHILE_WRITING.format(root=str(ROOT))
+@pytest.mark.parametrize(
+    ("number", "status", "name"),
+    [
+        (signal.SIGTERM, -signal.SIGTERM, "new.safetensors"),
+        (signal.SIGTERM, -signal.SIGTERM, "new"),
+        (signal.SIGHUP, -signal.SIGHUP, "new.ckpt"),
+        (signal.SIGINT, 130, "new.safetensors"),
+    ],
+)
+def test_a_merge_that_a_signal_ends_leaves_nothing(number, status, name, files, tiny_sd1_file, tmp_path):
+    words = ["--sd_model", tiny_sd1_file, "--models", files("lora"), "--save_to", tmp_path / name]
+    script = KILLED_WHILE_WRITING.format(root=str(ROOT), number=int(number))
     command = [sys.executable, "-c", script, *map(str, words)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert not target.exists()
+    assert done.returncode == status, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_merging_into_a_file_imports_neither_diffusers_nor_transformers(files, tiny_sd1_file, tmp_path):
