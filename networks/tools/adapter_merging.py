@@ -116,8 +116,6 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[s
 
 def _merge(options: AdapterMerge, progress: Progress) -> tuple[list[str], dict[str, object]]:
     target = options.target
-    if target.exists() and any(given.path.exists() and target.samefile(given.path) for given in options.inputs):
-        raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another file")
     check_writable(target)
     sources = open_sources(options.inputs, v2=options.v2)
     family = sources[0].family

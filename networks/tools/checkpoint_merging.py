@@ -231,9 +231,6 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tu
 
 def _check_target(options: CheckpointMerge, is_folder: bool) -> None:
     target = options.target
-    others = [Path(options.base), *(given.path for given in options.inputs)]
-    if any(other.exists() and target.exists() and target.samefile(other) for other in others):
-        raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another one")
     if not is_folder:
         check_writable(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -145,8 +145,6 @@ def convert_file(options: FileConversion) -> list[str]:
 
 
 def _convert(file: TensorFile, options: FileConversion) -> list[str]:
-    if options.target.exists() and options.target.samefile(options.source):
-        raise UserError("is the file to convert", where=f"--save_to {options.target}", remedy="give another name")
     family = family_of_adapter_file(file)
     base = _open_base(options.base, family) if options.base else None
     asked = [READERS[name] for name in options.readers]

@@ -167,8 +167,6 @@ def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | Non
         UserError: what cannot be resized, before anything is written; or a place that cannot be written to.
     """
     file = open_tensor_file(options.source)
-    if options.target.exists() and options.target.samefile(options.source):
-        raise UserError("is the file to resize", where=f"--save_to {options.target}", remedy="give another name")
     family = family_of_adapter_file(file)
     try:
         layers = tuple(_resized_layers(stream_layers(file, family), options, family, progress))

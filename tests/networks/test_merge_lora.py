@@ -400,8 +400,8 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(files, sd2_adapter, tiny
     harmful.write_bytes(pickle.dumps({"a.lora_up.weight": Harm()}))
     into = ["--sd_model", tiny_sd1_file]
     table = [
-        ([], "--models", "name one or more"),
-        (["--models", lora, "--ratios", 1, 2], "--ratios 1.0 2.0: 2 given for 1 models"),
+        ([], "--models", "one or more adapter files"),
+        (["--models", lora, "--ratios", 1, 2], "--ratios 1.0 2.0: 2 given for 1 model"),
         (["--models", lora, lora, "--lbws", "ALL"], "--lbws", "1 given for 2 models"),
         (["--models", lora, "--lbws", "[1,2,3]"], "has 3 values", "12, 17, 20 or 26"),
         (["--models", lora, "--lbws", "OUTAL"], "OUTALL"),

@@ -228,8 +228,8 @@ def test_where_there_is_no_space_the_old_file_stays(tiny_sd1_file, tmp_path, mon
     [
         (["--models", "{model}", "--output", "m"], "--models: name two or more"),
         (["--models", "{model}", "{model}"], "--output: name the file to write"),
-        (["--models", "{model}", "{model}", "--ratios", "1", "--output", "m"], "--ratios 1.0: 1 for 2 models"),
-        (["--models", "{model}", "{model}", "--output", "{model}"], "is one of the models"),
+        (["--models", "{model}", "{model}", "--ratios", "1", "--output", "m"], "--ratios 1.0: 1 given for 2 models"),
+        (["--models", "{model}", "{model}", "--output", "{model}"], "is one of the inputs"),
         (["--models", "{model}", "{model}", "--output", "m.ckpt"], "only .safetensors files are written"),
         (["--models", "{model}", "{model}", "--output", "none/m"], "the folder none does not exist"),
         (["--models", "{model}", "{model}", "--output", "m", "--device", "gpu"], "--device gpu: cannot be used here"),
