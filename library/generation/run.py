@@ -119,9 +119,7 @@ def _check_family(file: Path, base_model: BaseModelFiles) -> None:
     where = f"--network_weights {file}"
     adapter = open_tensor_file(file)
     # One that says nothing is taken to be for this model; its layers then decide when it is loaded.
-    ours = base_model.family.base_model_versions[base_model.resolved_prediction_type]
-    metadata = {"ss_base_model_version": ours} | adapter.metadata
-    family = family_of_adapter(adapter.shapes(), metadata=metadata, where=where)
+    family = family_of_adapter(adapter.shapes(), metadata=adapter.metadata, where=where, default=base_model.family)
     if family.name != base_model.family.name:
         raise UserError(
             f"is an adapter for {family.title}, and the base model is {base_model.family.title}",

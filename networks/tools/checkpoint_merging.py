@@ -210,8 +210,8 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tu
     """
     is_folder = options.target.suffix == ""
     _check_target(options, is_folder)
-    sources = open_sources(options.inputs, v2=options.v2)
     model = open_base_model(options.base, v2=options.v2 or None)
+    sources = open_sources(options.inputs, v2=options.v2, default=model.family)
     if model.family != sources[0].family:
         what = f"is {model.family.title}, and {sources[0].where} is for {sources[0].family.title}"
         raise UserError(what, where=str(model.path), remedy="merge adapters into a model of the kind they were trained on")

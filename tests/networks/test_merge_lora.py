@@ -437,6 +437,51 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(files, sd2_adapter, tiny
     assert_refused(run(capsys, "--models", lora, "--save_to", tmp_path / "folder"), "suffix")
 
 
+def silent(source: Path, folder: Path) -> Path:
+    """A copy that does not tell what it is for: tiny layers, and no metadata."""
+    save_file(load_file(source), folder / f"silent-{source.name}")
+    return folder / f"silent-{source.name}"
+
+
+def test_an_adapter_that_tells_nothing_is_for_the_model_it_is_merged_into(
+    files, sd2_adapter, tiny_sd1_file, tiny_sd2_file, tmp_path, capsys
+):
+    first, second = silent(files("lora"), tmp_path), silent(sd2_adapter, tmp_path)
+    merged = []
+    for adapter in (files("lora"), first):
+        target = tmp_path / f"merged-{adapter.name}"
+        run(capsys, "--sd_model", tiny_sd1_file, "--models", adapter, "--save_to", target).require_success()
+        merged.append(tensors_of(target))
+    assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
+    target = tmp_path / "new.safetensors"
+    run(capsys, "--sd_model", tiny_sd2_file, "--models", second, "--save_to", target).require_success()
+    refused = run(capsys, "--sd_model", tiny_sd1_file, "--models", second, "--save_to", tmp_path / "none.safetensors")
+    assert_refused(refused, second.name)
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_adapters_that_tell_nothing_are_taken_for_what_another_tells_or_for_sd1(files, sd2_adapter, tmp_path, capsys):
+    first, second, target = silent(files("lora"), tmp_path), silent(sd2_adapter, tmp_path), tmp_path / "new.safetensors"
+    for words, family in (
+        ([first], "sd_v1"),
+        ([second, "--v2"], "sd_v2"),
+        ([second, sd2_adapter], "sd_v2"),
+    ):
+        done = run(capsys, "--models", *words, "--save_to", target).require_success()
+        assert f"{words[0]}: says nowhere which models it is for" in done.out
+        assert open_tensor_file(target).metadata["ss_base_model_version"] == family
+
+
+def test_a_layer_that_does_not_fit_is_named_with_its_file(files, tiny_sd1_file, tmp_path, capsys):
+    tensors, odd, target = load_file(files("lora")), tmp_path / "odd.safetensors", tmp_path / "new.safetensors"
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    save_file(tensors | {key: torch.zeros(len(tensors[key]), 7, *tensors[key].shape[2:])}, odd, METADATA)
+    for into in ([], ["--sd_model", tiny_sd1_file]):
+        done = run(capsys, *into, "--models", files("lora"), odd, "--save_to", target)
+        assert_refused(done, "odd.safetensors", key.partition(".")[0], "lora_up.weight is")
+        assert not target.exists()
+
+
 def test_unmatched_layers_are_named_where_they_are_allowed(files, tiny_sd1_file, tmp_path, capsys):
     some, target = tmp_path / "some.safetensors", tmp_path / "new.safetensors"
     odd = {"lora_unet_other.lora_up.weight": torch.zeros(4, 2), "lora_unet_other.lora_down.weight": torch.zeros(2, 4)}
