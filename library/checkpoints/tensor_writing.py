@@ -109,7 +109,10 @@ def write_torch_file(
     state = {key: tensor.make().detach().cpu() for key, tensor in planned.items()}
     content = state if counters is None else {"state_dict": state, **counters}
     with atomic_write(path, size=sum(tensor.size for tensor in planned.values())) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's, when it ends a file that the system refused to go on with
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _write_safetensors(path: Path, planned: dict[str, PlannedTensor], metadata: dict[str, str], add_hashes: bool) -> None:

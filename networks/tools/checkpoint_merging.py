@@ -162,11 +162,10 @@ class MergedWeights:
         result = torch.empty(before.shape, dtype=saved)
         squares = [0.0, 0.0, 0.0]
         for start in range(0, len(before), _CHUNK):
-            piece, more = before[start : start + _CHUNK].to(self._arithmetic), added[start : start + _CHUNK]
-            exact = piece + more.to(self._arithmetic)
-            result[start : start + _CHUNK] = exact
+            piece, more = before[start : start + _CHUNK].float(), added[start : start + _CHUNK]
+            result[start : start + _CHUNK] = piece.to(self._arithmetic) + more.to(self._arithmetic)
             kept = result[start : start + _CHUNK].float()
-            measured = (piece.float(), more, exact.float().sub_(kept))
+            measured = (piece, more, (piece + more).sub_(kept))
             squares = [total + float(values.dot(values)) for total, values in zip(squares, measured, strict=True)]
         if not math.isfinite(sum(squares)):
             self._finite(result, tensor, place[1])
@@ -285,6 +284,9 @@ def _write_folder(model: BaseModelFiles, change: MergedWeights, options: Checkpo
         try:
             write_folder(model, temporary, dtype=options.saved, change=counting)
             os.replace(temporary, target)
+        except UserError as error:
+            where = error.where and error.where.replace(str(temporary), str(target))
+            raise UserError(error.what, where=where, remedy=error.remedy) from None
         except OSError as error:
             raise UserError(f"could not be written ({error.strerror or error})", where=str(target)) from error
 

@@ -369,3 +369,5 @@ def title_of_place(measured: Measured) -> str:
 
 
 _PLACES = {"down_blocks": "in", "mid_block": "mid", "up_blocks": "out"}
+PLACE_TITLES = (PART_TITLES[TEXT_ENCODER], *(f"U-Net {place}" for place in (*_PLACES.values(), "other")))
+"""All that `title_of_place` gives, in the order of tables."""

@@ -239,9 +239,11 @@ def test_every_tensor_keeps_its_own_type(files, tiny_sd1_file, tmp_path, capsys)
 def test_the_name_decides_the_format_and_precision_the_type(options, dtype, suffix, files, tiny_sd1_file, tmp_path, capsys):
     target = tmp_path / f"merged{suffix}"
     command = ["--sd_model", tiny_sd1_file, "--models", files("lora"), "--save_to", target, *options]
-    run(capsys, *command).require_success()
+    done = run(capsys, *command).require_success()
     merged = tensors_of(target)
     assert {tensor.dtype for tensor in merged.values()} == {dtype}
+    told = next(float(line.split()[-1]) for line in done.out.splitlines() if line.startswith("total"))
+    assert (told > 1e-3) is (dtype != torch.float32), "what rounding takes is told, in the sum or in saving"
     changes = changes_of(files("lora"), tiny_sd1_file)
     place = BaseWeights(open_base_model(tiny_sd1_file)).place
     base = tensors_of(tiny_sd1_file)
