@@ -64,7 +64,7 @@ def place_problems(
     reports = {name: given[name] for name in _REPORTS if given.values.get(name) is not None}
     problems: list[UserError] = []
     taken: dict[Path, str] = {}
-    for name, place in (outputs | reports).items():
+    for name, place in {**outputs, **reports}.items():
         found = place.resolve()
         owner = next((path for path in _files(given, inputs) if found.exists() and path.samefile(found)), None)
         if owner is not None:

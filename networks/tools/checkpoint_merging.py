@@ -316,6 +316,7 @@ def report_lines(
         lines.append(f"{title:14}{layers:8}{len(altered):9}{shares}")
     for where, names in report.skipped.items():
         lines.append(f"{where}: {counted(len(names), 'layer')} left out ({', '.join(names)})")
+    lines += model.notes()
     terms = " + ".join(f"{_ratio(source)} * {source.given.path.stem}" for source in sources)
     lines.append(f"{options.target}: {model.family.title}, {model.name} + {terms}; opened again and compared")
     return lines

@@ -456,7 +456,8 @@ def test_an_adapter_that_tells_nothing_is_for_the_model_it_is_merged_into(
         merged.append(tensors_of(target))
     assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
     target = tmp_path / "new.safetensors"
-    run(capsys, "--sd_model", tiny_sd2_file, "--models", second, "--save_to", target).require_success()
+    done = run(capsys, "--sd_model", tiny_sd2_file, "--models", second, "--save_to", target).require_success()
+    assert "does not say what it predicts" in done.out
     refused = run(capsys, "--sd_model", tiny_sd1_file, "--models", second, "--save_to", tmp_path / "none.safetensors")
     assert_refused(refused, second.name)
     assert not (tmp_path / "none.safetensors").exists()
