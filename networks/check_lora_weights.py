@@ -4,7 +4,8 @@
     python networks/check_lora_weights.py lora.safetensors
     python networks/check_lora_weights.py lora.safetensors --every_layer
 
-First a line for each tensor: key, shape, mean and smallest absolute value. Exit status 1 where values are not finite.
+First a line for each tensor: key, shape, mean and smallest absolute value. Exit status 1 where values are not finite, or
+tensors make no layer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ OPTIONS = (
         ),
     ),
 )
-EXIT_NOT_FINITE = 1
+EXIT_FAULTY = 1
 
 
 def work(argv: Sequence[str]) -> int:
@@ -42,19 +43,21 @@ def work(argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(list(argv)))
 
     from library.checkpoints.tensor_files import open_tensor_file
-    from networks.formats.file_adapters import family_of_adapter_file
+    from library.families.detect import DEFAULT_FAMILY
+    from networks.formats.file_adapters import default_lines, family_of_adapter_file
     from networks.tools.checking import check_file, tensor_lines
 
     file = open_tensor_file(given["file"])
-    family = family_of_adapter_file(file)
+    family = family_of_adapter_file(file, DEFAULT_FAMILY)
     for line in tensor_lines(file, all_keys=given.get("show_all_keys", False)):
         print(line)
     report = check_file(file, family, every_layer=given.get("every_layer", False))
-    print("", *report.lines, sep="\n")
+    print("", *default_lines(file, family), *report.lines, sep="\n")
+    if report.unreadable:
+        print(f"{counted(len(report.unreadable), 'layer')} that cannot be read ({some_names(report.unreadable, 3)})")
     if report.bad:
         print(f"{counted(len(report.bad), 'tensor')} with values that are not finite ({some_names(report.bad, 3)})")
-        return EXIT_NOT_FINITE
-    return 0
+    return EXIT_FAULTY if report.unreadable or report.bad else 0
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.doors import run_door
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
+from library.cli.weight_tools import PRECISIONS, missing_problems, place_problems, rank_problems, suffix_problems
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from networks.tools.file_conversion import FileConversion
 
 READERS = ("comfyui", "a1111", "forge", "sdnext", "diffusers", "lycoris", "invokeai")
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 OPTIONS = (
     OptionGroup(
@@ -38,9 +38,7 @@ OPTIONS = (
                 help="checkpoint, diffusers folder or Hub id of the model that the adapter was trained on; wanted where its "
                 "change depends on that model (DoRA, GLoRA, OFT, BOFT, (IA)3) and another algorithm is to hold it",
             ),
-            Option(
-                name="save_precision", choices=("float", "fp16", "bf16"), help="of the numbers; as in the file if not given"
-            ),
+            Option(name="save_precision", choices=tuple(PRECISIONS), help="of the numbers; as in the file if not given"),
         ),
     ),
     OptionGroup(
@@ -87,15 +85,10 @@ def conversion_of(given: ParsedOptions) -> FileConversion:
     """
     from networks.tools.file_conversion import FileConversion
 
-    problems = [
-        UserError("not given", where=f"--{name}", remedy=f"give {what}")
-        for name, what in (("model", "an adapter file"), ("save_to", "a name for the file to write"))
-        if given[name] is None
-    ]
+    wanted = {"model": "an adapter file", "save_to": "a name for the file to write"}
+    problems = [*missing_problems(given, wanted), *suffix_problems(given), *place_problems(given, ("model", "base"))]
+    problems += rank_problems(given, "rank")
     target: Any = given["save_to"]
-    if target is not None and target.suffix not in SUFFIXES:
-        remedy = f"use {', '.join(SUFFIXES)}"
-        problems.append(UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=remedy))
     if target is not None and given["to"] == "diffusers" and target.suffix != ".safetensors":
         remedy = "use .safetensors"
         problems.append(
@@ -103,8 +96,6 @@ def conversion_of(given: ParsedOptions) -> FileConversion:
                 "can hold no metadata, where diffusers' layout has alphas", where=given.where("save_to"), remedy=remedy
             )
         )
-    if given["rank"] is not None and given["rank"] < 1:
-        problems.append(UserError("is below 1", where=given.where("rank"), remedy="give 1 or more"))
     readers = given["for"] or ()
     if readers and given["algorithm"]:
         remedy = "give one of them"

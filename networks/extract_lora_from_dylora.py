@@ -16,8 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.doors import run_door
-from library.cli.options import Option, OptionGroup, ParsedOptions, parse
-from library.errors import UserError, raise_all
+from library.cli.options import Option, OptionGroup, parse
+from library.cli.weight_tools import missing_problems, rank_problems, suffix_problems
+from library.errors import raise_all
 
 OPTIONS = (
     OptionGroup(
@@ -29,33 +30,12 @@ OPTIONS = (
         ),
     ),
 )
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
-
-def check_options(given: ParsedOptions) -> None:
-    """Refuse what needs no file to be found wrong.
-
-    Raises:
-        UserError: everything at once.
-    """
-    what = {"model": "a DyLoRA file", "save_to": "a name for the files to write", "unit": "the unit of the training"}
-    problems = [
-        UserError("not given", where=f"--{name}", remedy=f"give {remedy}")
-        for name, remedy in what.items()
-        if given[name] is None
-    ]
-    if given["save_to"] is not None and given["save_to"].suffix not in SUFFIXES:
-        problems.append(
-            UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=f"use {', '.join(SUFFIXES)}")
-        )
-    if given["unit"] is not None and given["unit"] < 1:
-        problems.append(UserError("is below 1", where=given.where("unit"), remedy="give the unit of the training"))
-    raise_all(problems)
 
 
 def work(argv: Sequence[str]) -> int:
     given = parse(argv, OPTIONS, description=__doc__ or "")
-    check_options(given)
+    wanted = {"model": "a DyLoRA file", "save_to": "a name for the files to write", "unit": "the unit of the training"}
+    raise_all([*missing_problems(given, wanted), *suffix_problems(given), *rank_problems(given, "unit")])
     from networks.tools.rank_cutting import cut_file
 
     for path in cut_file(given["model"], given["save_to"], given["unit"]):

@@ -23,15 +23,11 @@ from library.cli.extract_lora_options import parse_extraction
 
 def work(argv: Sequence[str]) -> int:
     command = parse_extraction(argv, description=__doc__ or "")
-    from library.checkpoints.atomic import check_writable
     from library.training.progress import CountBar
     from networks.tools.extraction import extract
     from networks.tools.extraction_report import content, lines, plot
     from networks.tools.reports import write_report
 
-    for path in (command.report, command.plot):
-        if path is not None:
-            check_writable(path)
     found = extract(command.extraction, progress=CountBar("tensors"))
     for note in dict.fromkeys(note for model in found.models for note in model.notes()):
         print(note)

@@ -10,7 +10,6 @@ The file is opened again and compared; a table tells what was lost.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.doors import run_door
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.errors import UserError, raise_all
+from library.cli.weight_tools import (
+    PRECISIONS,
+    checked_device,
+    missing_problems,
+    place_problems,
+    rank_problems,
+    suffix_problems,
+)
+from library.errors import UserError, attempt, raise_all
 
 if TYPE_CHECKING:
     from networks.tools.resizing import Resizing
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
 OPTIONS = (
@@ -34,7 +40,7 @@ OPTIONS = (
         (
             Option(name="model", type=Path, help="adapter file of any layout, of LoRA, LoHa or LoKr"),
             Option(name="save_to", type=Path, help="file to write; its suffix decides the format"),
-            Option(name="save_precision", choices=("float", "fp16", "bf16"), help="of the numbers; float if not given"),
+            Option(name="save_precision", choices=tuple(PRECISIONS), help="of the numbers; float if not given"),
             Option(name="report", type=Path, help="write all that was found to this JSON file", extension=True),
             Option(name="plot", type=Path, help="draw singular values and errors into this PNG file", extension=True),
             Option(name="verbose", type=FLAG, help="a line for each layer: what of its singular values is retained"),
@@ -75,29 +81,20 @@ def resizing_of(given: ParsedOptions) -> Resizing:
     from networks.tools.file_conversion import DTYPES
     from networks.tools.resizing import Resizing
 
-    problems = [
-        UserError("not given", where=f"--{name}", remedy=f"give {what}")
-        for name, what in (("model", "an adapter file"), ("save_to", "a name for the file to write"))
-        if given[name] is None
-    ]
-    target = given["save_to"]
-    if target is not None and target.suffix not in SUFFIXES:
-        remedy = f"use {', '.join(SUFFIXES)}"
-        problems.append(UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=remedy))
-    for name in ("new_rank", "new_conv_rank"):
-        if given[name] is not None and given[name] < 1:
-            problems.append(UserError("is below 1", where=given.where(name), remedy="give 1 or more"))
-    problems += _problems_of_method(given) + _problems_of_device(given)
+    wanted = {"model": "an adapter file", "save_to": "a name for the file to write"}
+    problems = [*missing_problems(given, wanted), *suffix_problems(given), *place_problems(given, ("model",))]
+    problems += [*rank_problems(given, "new_rank", "new_conv_rank"), *_problems_of_method(given)]
+    device = attempt(lambda: checked_device(given["device"]), problems)
     raise_all(problems)
     return Resizing(
         source=given["model"],
-        target=target,
+        target=given["save_to"],
         rank=given["new_rank"],
         conv_rank=given["new_conv_rank"] or given["new_rank"],
         method=given["dynamic_method"],
         param=given["dynamic_param"] or 0.0,
         dtype=DTYPES[given["save_precision"] or "float"],
-        device=given["device"] or "cpu",
+        device=device or "cpu",
     )
 
 
@@ -117,35 +114,18 @@ def _problems_of_method(given: ParsedOptions) -> list[UserError]:
     return []
 
 
-def _problems_of_device(given: ParsedOptions) -> list[UserError]:
-    import torch
-
-    if given["device"] is None:
-        return []
-    try:
-        torch.empty(1, device=given["device"])
-    except (RuntimeError, AssertionError):
-        return [UserError("is no device of this machine", where=given.where("device"), remedy="give cpu, or leave it out")]
-    return []
-
-
 def work(argv: Sequence[str]) -> int:
     given = parse(argv, OPTIONS, description=__doc__ or "")
     options = resizing_of(given)
-    from library.checkpoints.atomic import atomic_write, check_writable
     from library.training.progress import CountBar
     from networks.tools.plotting import spectra_and_errors
+    from networks.tools.reports import write_report
     from networks.tools.resizing import resize_file, verbose_lines
 
-    for place in (given["report"], given["plot"]):
-        if place is not None:
-            check_writable(place)
     report = resize_file(options, progress=CountBar("layers resized"))
     if given["verbose"]:
         print(*verbose_lines(report.layers), sep="\n")
-    if given["report"] is not None:
-        with atomic_write(given["report"]) as file:
-            file.write(json.dumps(report.as_json(), indent=1).encode())
+    write_report(given["report"], report.as_json())
     if given["plot"] is not None:
         spectra = {layer.name: layer.values.tolist() for layer in report.layers if layer.rank}
         errors = {name: lost / had if had else 0.0 for name, (lost, had) in report.errors.items()}

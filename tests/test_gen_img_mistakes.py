@@ -20,9 +20,9 @@ def place(tmp_path_factory, tiny_sd1_folder) -> Path:
     write_lora(folder / "loras" / "hero.safetensors", tiny_sd1_folder)
     write_lora(folder / "loras" / "twin" / "one.safetensors", tiny_sd1_folder)
     write_lora(folder / "loras" / "other" / "one.safetensors", tiny_sd1_folder)
-    save_file(
-        {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(4, 640)}, folder / "loras" / "xl.safetensors"
-    )
+    layer = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    halves = {"lora_down.weight": torch.ones(4, 2048), "lora_up.weight": torch.ones(640, 4), "alpha": torch.tensor(4.0)}
+    save_file({f"{layer}.{name}": half for name, half in halves.items()}, folder / "loras" / "xl.safetensors")
     save_file({"some.tensor": torch.ones(2)}, folder / "loras" / "strange.safetensors")
     (folder / "loras" / "text.safetensors").write_text("no tensors at all")
     Image.new("RGB", (64, 64), "red").save(folder / "red.png")

@@ -6,6 +6,8 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -52,20 +54,62 @@ def atomic_write(path: Path | str, *, size: int = 0, durable: bool = True) -> It
     """
     target = Path(os.path.realpath(path))
     check_writable(target, size)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x+b") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"could not be written ({error.strerror or error})", where=str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with unfinished(target) as temporary:
+        try:
+            with open(temporary, "x+b") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            raise UserError(f"could not be written ({error.strerror or error})", where=str(path)) from error
     if durable:
         _sync_folder(target.parent)
+
+
+_unfinished: dict[Path, int] = {}  # place -> the process that fills it; one that is forked has no say
+
+
+@contextlib.contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """A free place beside `target`, for a file or a folder that is moved there when it is whole.
+
+    What is still there at the end of the block, or when a signal ends the process (`tidy_when_ended`), is removed.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    _unfinished[temporary] = os.getpid()
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        del _unfinished[temporary]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tidy_when_ended() -> None:
+    """From now on, a signal that ends this process (SIGTERM, its terminal closed) has its unfinished files removed first."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _tidy_and_end)
+
+
+def _tidy_and_end(number: int, _frame: object) -> None:
+    for path, process in list(_unfinished.items()):
+        if process == os.getpid():
+            with contextlib.suppress(OSError):
+                _remove(path)
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -60,7 +60,7 @@ class TensorReport:
         first: of the first model's tensor.
         change: of the sum less the first model's tensor.
         merged: of the sum.
-        rounding: of the saved tensor less the sum.
+        rounding: of the saved tensor less the sum as 32 bits give it.
     """
 
     first: float
@@ -145,14 +145,20 @@ class WeightedSum:
             merged = pieces[0] * ratios[0]
             for piece, ratio in zip(pieces[1:], ratios[1:], strict=True):
                 merged.add_(piece, alpha=ratio)
-            rounded = merged.to(self._saved)
-            saved[start : start + _CHUNK] = rounded
-            measured = (pieces[0], merged - pieces[0], merged, rounded.float() - merged.float())
+            saved[start : start + _CHUNK] = merged
+            exact = merged if merged.dtype == torch.float32 else self._exact([flat, *others], ratios, start)
+            kept = saved[start : start + _CHUNK].to(exact.device, torch.float32)
+            measured = (pieces[0], exact - pieces[0], exact, kept - exact)
             squares = [total + _square(values) for total, values in zip(squares, measured, strict=True)]
         if not math.isfinite(sum(squares)) and not saved.isfinite().all():  # squares of large values may overflow
             raise self._not_finite(kind, name)
         self.reports[kind, name] = TensorReport(*squares)
         return saved.reshape(tensor.shape)
+
+    def _exact(self, tensors: Sequence[Tensor], ratios: Sequence[float], start: int) -> Tensor:
+        """The sum of a chunk in fp32, to tell what another arithmetic loses."""
+        pieces = [tensor[start : start + _CHUNK].to(self._options.device).float() for tensor in tensors]
+        return sum((piece * ratio for piece, ratio in zip(pieces[1:], ratios[1:], strict=True)), pieces[0] * ratios[0])
 
     def _moved(self, piece: Tensor) -> Tensor:
         return piece.to(self._options.device, self._arithmetic)
@@ -160,7 +166,7 @@ class WeightedSum:
     def _not_finite(self, kind: str, name: str) -> UserError:
         where = f"{name} of the {PART_TITLES[kind]}"
         models = self._models if kind in self._options.parts else self._models[:1]
-        faulty = [str(model.path) for model in models if not model.parts[kind].sources[name].read().isfinite().all()]
+        faulty = [str(model.path) for model in models if not model.parts[kind].sources[name].read().float().isfinite().all()]
         if faulty:
             return UserError(f"has values that are not finite in {', '.join(faulty)}", where=where)
         types = f"--precision {self._options.precision} and --saving_precision {self._options.saving_precision}"

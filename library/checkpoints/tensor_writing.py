@@ -113,7 +113,10 @@ def write_torch_file(
     state = dict(zip(planned, made, strict=True))
     content = state if counters is None else {"state_dict": state, **counters}
     with atomic_write(path, size=sum(tensor.size for tensor in planned.values())) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's, when it ends a file that the system refused to go on with
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     written = open_tensor_file(path)
     if not all(_same_bytes(written.read(key), tensor) for key, tensor in state.items()):
         raise UserError("differs from what was meant", where=str(path), remedy="the disk may be at fault; save elsewhere")

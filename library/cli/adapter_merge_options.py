@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.errors import UserError, attempt, raise_all
+from library.cli.weight_tools import (
+    PRECISIONS,
+    checked_device,
+    missing_problems,
+    place_problems,
+    rank_problems,
+    suffix_problems,
+)
+from library.errors import UserError, attempt, counted, raise_all
 
 if TYPE_CHECKING:
     from networks.tools.adapter_merging import AdapterMerge, RankLimit
@@ -15,8 +23,6 @@ if TYPE_CHECKING:
     from networks.tools.dense_merging import Method
     from networks.tools.merge_sources import MergeInput
 
-PRECISIONS: Mapping[str, str] = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
-FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 METHODS = ("linear", "ties", "dare", "magnitude")
 
 _MODELS = (
@@ -148,9 +154,8 @@ def parse_merge_lora(argv: Sequence[str], *, description: str) -> tuple[Checkpoi
         UserError: all that is wrong with it.
     """
     given = parse(argv, MERGE_LORA_OPTIONS, description=description)
-    problems = [*_model_problems(given), *_rank_problems(given)]
     into_model = given["sd_model"] is not None
-    problems += _target_problems(given, folder=into_model)
+    problems = [*_model_problems(given, "sd_model"), *suffix_problems(given, folder=into_model)]
     for name in ("new_rank", "new_conv_rank", "rank_share", "shuffle", "base") if into_model else ():
         if given[name]:
             what = "means nothing with --sd_model"
@@ -175,7 +180,7 @@ def parse_svd_merge_lora(argv: Sequence[str], *, description: str) -> tuple[Adap
         UserError: all that is wrong with it.
     """
     given = parse(argv, SVD_MERGE_LORA_OPTIONS, description=description)
-    problems = [*_model_problems(given), *_target_problems(given, folder=False), *_rank_problems(given)]
+    problems = [*_model_problems(given), *suffix_problems(given)]
     if not 0 < given["density"] <= 1:
         problems.append(UserError("is not above 0 and at most 1", where=given.where("density")))
     for name in ("density", "seed"):
@@ -189,39 +194,22 @@ def parse_svd_merge_lora(argv: Sequence[str], *, description: str) -> tuple[Adap
     if given["method"] != "linear":
         method = Method(name=given["method"], density=given["density"], seed=given["seed"])
     limit = _rank_limit(given, None)
-    device = checked_device(given["device"] or "cpu")
+    device = checked_device(given["device"])
     return _adapter_merge(given, inputs, limit=limit, method=method, device=device), given["report"]
 
 
-def _model_problems(given: ParsedOptions) -> list[UserError]:
-    models = given["models"]
-    if not models:
-        return [UserError("name one or more adapter files", where="--models")]
-    found = []
-    for name in ("ratios", "unet_ratios", "te_ratios", "lbws"):
+def _model_problems(given: ParsedOptions, *models_to_read: str) -> list[UserError]:
+    """What is wrong with the options that both tools have."""
+    found = missing_problems(given, {"models": "one or more adapter files", "save_to": "a name for what to write"})
+    found += place_problems(given, ("models", "base", *models_to_read))
+    found += rank_problems(given, "new_rank", "new_conv_rank")
+    number = len(given["models"] or ())
+    for name in ("ratios", "unet_ratios", "te_ratios", "lbws") if number else ():
         values = given[name]
-        if values is not None and len(values) != len(models):
-            what = f"{len(values)} given for {len(models)} models"
-            found.append(UserError(what, where=given.where(name), remedy="give one for each model"))
+        if values is not None and len(values) != number:
+            what = f"{len(values)} given for {counted(number, 'model')}"
+            found.append(UserError(what, where=given.where(name).strip(), remedy="give one for each model"))
     return found
-
-
-def _rank_problems(given: ParsedOptions) -> list[UserError]:
-    return [
-        UserError("is below 1", where=given.where(name), remedy="give 1 or more")
-        for name in ("new_rank", "new_conv_rank")
-        if given[name] is not None and given[name] < 1
-    ]
-
-
-def _target_problems(given: ParsedOptions, *, folder: bool) -> list[UserError]:
-    target = given["save_to"]
-    if target is None:
-        return [UserError("name what to write", where="--save_to")]
-    if target.suffix in FILE_SUFFIXES or (folder and target.suffix == ""):
-        return []
-    remedy = f"use {', '.join(FILE_SUFFIXES)}" + (", or none for a diffusers folder" if folder else "")
-    return [UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=remedy)]
 
 
 def _inputs(given: ParsedOptions) -> tuple[MergeInput, ...]:
@@ -291,22 +279,3 @@ def _adapter_merge(
         allow_unmatched=given["allow_unmatched"],
         with_metadata=not given["no_metadata"],
     )
-
-
-def checked_device(name: str) -> str:
-    """The name of a device that can be used.
-
-    Raises:
-        UserError: a device that is none, or is not there.
-    """
-    if name == "cpu":
-        return name
-    import torch
-
-    where = f"--device {name}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot be used here ({reason})", where=where, remedy="use cpu") from None
-    return name

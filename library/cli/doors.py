@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from library.checkpoints.atomic import tidy_when_ended
 from library.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -16,8 +17,9 @@ def run_door(name: str, work: Callable[[Sequence[str]], int | None], argv: Seque
     """Run a script's work on its command line.
 
     A `UserError` becomes its sentences on stderr and exit status 2; Ctrl-C becomes one line and 130. Everything else is a
-    defect of ours and keeps its traceback.
+    defect of ours and keeps its traceback. However it ends, by a signal too, no unfinished file stays.
     """
+    tidy_when_ended()
     try:
         return work(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
+from library.cli.weight_tools import (
+    PRECISIONS,
+    checked_device,
+    missing_problems,
+    place_problems,
+    rank_problems,
+    suffix_problems,
+)
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from networks.tools.extraction import Extraction
 
-PRECISIONS = ("float", "fp16", "bf16")
-FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _AIMS = ("rank_error", "rank_share", "rank_threshold")
 
 EXTRACT_LORA_OPTIONS = (
@@ -29,7 +35,9 @@ EXTRACT_LORA_OPTIONS = (
                 name="v_parameterization", type=FLAG, help="say that they predict v; an error where a model says otherwise"
             ),
             Option(name="sdxl", type=FLAG, help="say that both are SDXL", later="SDXL models are not supported"),
-            Option(name="load_precision", choices=PRECISIONS, help="type that both models are rounded to before all else"),
+            Option(
+                name="load_precision", choices=tuple(PRECISIONS), help="type that both models are rounded to before all else"
+            ),
             Option(name="load_original_model_to", help="no effect: layers are read one at a time"),
             Option(name="load_tuned_model_to", help="no effect: layers are read one at a time"),
         ),
@@ -81,7 +89,7 @@ EXTRACT_LORA_OPTIONS = (
                 help="store what LoRA does not hold (norms, biases, conv_in, conv_out, ...) as differences",
                 extension=True,
             ),
-            Option(name="save_precision", choices=PRECISIONS, help="type of the saved tensors; float if not given"),
+            Option(name="save_precision", choices=tuple(PRECISIONS), help="type of the saved tensors; float if not given"),
             Option(
                 name="no_metadata", type=FLAG, help="write no modelspec.* entries; what readers need is written all the same"
             ),
@@ -114,8 +122,9 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> ExtractionComm
         UserError: all that is wrong with it.
     """
     given = parse(argv, EXTRACT_LORA_OPTIONS, description=description)
-    raise_all([*_missing(given), *_out_of_range(given)])
-    from library.cli.adapter_merge_options import checked_device
+    wanted = {"model_org": "the base model", "model_tuned": "the tuned model", "save_to": "a name for the file to write"}
+    problems = [*missing_problems(given, wanted), *suffix_problems(given), *_out_of_range(given)]
+    raise_all([*problems, *place_problems(given, ("model_org", "model_tuned"))])
     from networks.tools.extraction import Extraction
     from networks.tools.rank_choice import RankRule
 
@@ -133,7 +142,7 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> ExtractionComm
         alpha=float(given["dim"]),
         clamp_quantile=given["clamp_quantile"],
         min_diff=given["min_diff"],
-        device=checked_device(given["device"] or "cpu"),
+        device=checked_device(given["device"]),
         rounded_to=given["load_precision"],
         precision=given["save_precision"] or "float",
         v2=True if given["v2"] else None,
@@ -144,25 +153,8 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> ExtractionComm
     return ExtractionCommand(extraction, given["report"], given["plot"])
 
 
-def _missing(given: ParsedOptions) -> list[UserError]:
-    what = {"model_org": "the base model", "model_tuned": "the tuned model", "save_to": "a name for the file to write"}
-    problems = [
-        UserError("not given", where=f"--{name}", remedy=f"give {remedy}")
-        for name, remedy in what.items()
-        if given[name] is None
-    ]
-    if given["save_to"] is not None and given["save_to"].suffix not in FILE_SUFFIXES:
-        remedy = f"use {', '.join(FILE_SUFFIXES)}"
-        problems.append(UserError("has no suffix of a tensor file", where=given.where("save_to"), remedy=remedy))
-    return problems
-
-
 def _out_of_range(given: ParsedOptions) -> list[UserError]:
-    problems = [
-        UserError("is below 1", where=given.where(name), remedy="give 1 or more")
-        for name in ("dim", "conv_dim")
-        if given[name] is not None and given[name] < 1
-    ]
+    problems = rank_problems(given, "dim", "conv_dim")
     if not 0 < given["clamp_quantile"] <= 1:
         problems.append(UserError("is not above 0 and at most 1", where=given.where("clamp_quantile")))
     for name in ("min_diff", "rank_threshold"):

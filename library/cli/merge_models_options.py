@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.cli.adapter_merge_options import PRECISIONS, checked_device
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.errors import UserError, raise_all
+from library.cli.weight_tools import FILE_SUFFIXES, PRECISIONS, checked_device, place_problems
+from library.errors import UserError, counted, raise_all
 
 if TYPE_CHECKING:
     from library.checkpoints.model_merging import MergeOptions
-
-OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 MERGE_MODELS_OPTIONS = (
     OptionGroup(
@@ -56,7 +54,7 @@ def parse_merge_options(argv: Sequence[str], *, description: str) -> tuple[Merge
     given = parse(argv, MERGE_MODELS_OPTIONS, description=description)
     models = given["models"] or ()
     target = _target(given["output"])
-    raise_all([*_count_problems(given, models), *_target_problems(given["output"], target, models)])
+    raise_all([*_count_problems(given, models), *_target_problems(given, target)])
 
     from library.checkpoints.model_merging import MergeOptions
     from library.checkpoints.parts import PARTS, UNET
@@ -86,17 +84,16 @@ def _count_problems(given: ParsedOptions, models: Sequence[str]) -> list[UserErr
         return [UserError("name two or more", where="--models")]
     ratios = given["ratios"]
     if ratios and len(ratios) != len(models):
-        what = f"{len(ratios)} for {len(models)} models"
+        what = f"{len(ratios)} given for {counted(len(models), 'model')}"
         return [UserError(what, where=given.where("ratios"), remedy="give one for each model, or none at all")]
     return []
 
 
-def _target_problems(output: Path | None, target: Path, models: Sequence[str]) -> list[UserError]:
+def _target_problems(given: ParsedOptions, target: Path) -> list[UserError]:
+    output = given["output"]
     if output is None:
         return [UserError("name the file to write", where="--output")]
-    where = f"--output {output}"
-    if output.suffix in OTHER_SUFFIXES:
-        return [UserError("only .safetensors files are written", where=where, remedy="convert it afterwards")]
-    if target.exists() and any(Path(model).exists() and target.samefile(model) for model in models):
-        return [UserError("is one of the models", where=where, remedy="name another file")]
-    return []
+    if output.suffix in FILE_SUFFIXES and output != target:
+        what = "only .safetensors files are written"
+        return [UserError(what, where=given.where("output"), remedy="convert it afterwards")]
+    return place_problems(given, ("models",), {"output": target})

@@ -18,6 +18,8 @@ from library.families.sd2 import SD2
 from library.text_files import read_json_object
 
 FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2)
+DEFAULT_FAMILY = SD1
+"""Of an adapter that does not tell and is not said to be for SD2, as in sd-scripts."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -231,13 +233,22 @@ def adapter_origin(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily |
     return _family_said(metadata)
 
 
-def family_of_adapter(shapes: Shapes, *, metadata: Mapping[str, str] | None = None, where: str | None = None) -> ModelFamily:
+def family_of_adapter(
+    shapes: Shapes,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    where: str | None = None,
+    default: ModelFamily | None = None,
+) -> ModelFamily:
     """The family that an adapter was trained for; see `adapter_origin`.
 
+    Args:
+        default: of an adapter that says nothing; None to refuse it.
+
     Raises:
-        UserError: for an adapter of another family, or one that says nothing.
+        UserError: for an adapter of another family, or one that says nothing where there is no default.
     """
-    origin = adapter_origin(shapes, metadata or {})
+    origin = adapter_origin(shapes, metadata or {}) or default
     if isinstance(origin, str):
         raise UserError(f"is an adapter for {origin}", where=where, remedy=f"{SD1.title} and {SD2.title} are supported")
     if origin is None:

@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from library.checkpoints.atomic import atomic_write
+from library.checkpoints.atomic import atomic_write, tidy_when_ended
 from library.dataset.images import BadImageError
 from library.errors import UserError, counted
 from library.resizing.folder import FolderPlan, ImageTask, ResizeOptions
@@ -92,7 +93,7 @@ def _results(tasks: Sequence[ImageTask], processes: int) -> Iterator[tuple[Image
         yield from ((task, resize_image(task)) for task in tasks)
         return
     context = _process_context()
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_the_parent) as pool:
         waiting = {pool.submit(resize_image, task): task for task in tasks}
         try:
             for future in as_completed(waiting):
@@ -112,8 +113,18 @@ def _process_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
+def _end_with_the_parent() -> None:
+    """Leave Ctrl-C to the parent, and end where that was ended: a pool's processes would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tidy_when_ended()
+    threading.Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def resize_image(task: ImageTask) -> Outcome:

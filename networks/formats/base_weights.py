@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from library.checkpoints.base_model import BaseModelFiles
     from library.checkpoints.parts import TensorSource
+    from library.families.family import ModelFamily
 
 _PARTS = {"text_encoder": TEXT_ENCODER, "denoiser": UNET}
 _TEXT_LEVEL = "text_model."  # which transformers' modules have, or have not
@@ -28,6 +29,26 @@ class BaseWeights:
 
     def __init__(self, model: BaseModelFiles) -> None:
         self.model = model
+
+    @classmethod
+    def open(cls, path: str | None) -> BaseWeights | None:
+        """Of a checkpoint, diffusers folder or Hub id; None for None."""
+        from library.checkpoints.base_model import open_base_model
+
+        return None if path is None else cls(open_base_model(path))
+
+    def check_family(self, family: ModelFamily, where: str) -> None:
+        """Refuse a model that is not of the adapters' family.
+
+        Args:
+            where: how sentences name the model.
+
+        Raises:
+            UserError
+        """
+        if self.model.family != family:
+            what = f"is {self.model.family.title}, and the adapter is for {family.title}"
+            raise UserError(what, where=where, remedy="give the model it was trained on")
 
     def spec(self, name: str) -> LayerSpec:
         """The shape of a layer.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from library.errors import UserError
-from library.families.detect import family_of_adapter, family_of_checkpoint
+from library.families.detect import adapter_origin, family_of_adapter, family_of_checkpoint
 from library.families.family import ModelFamily
 from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import algorithm, algorithm_of
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 LayerTensors = Mapping[str, Tensor]
 
 
-def family_of_adapter_file(file: TensorFile) -> ModelFamily:
+def family_of_adapter_file(file: TensorFile, default: ModelFamily) -> ModelFamily:
     """Which models an opened file is an adapter for.
+
+    Args:
+        default: of a file that does not tell.
 
     Raises:
         UserError: it is no adapter (a checkpoint, say), or one for models that are not supported.
@@ -39,7 +42,20 @@ def family_of_adapter_file(file: TensorFile) -> ModelFamily:
         except UserError as error:
             raise UserError(f"holds no adapter: it {error.what}", where=where, remedy=remedy) from None
         raise UserError(f"is a {checkpoint.title} checkpoint, not an adapter", where=where, remedy=remedy)
-    return family_of_adapter(shapes, metadata=file.metadata, where=where)
+    return family_of_adapter(shapes, metadata=file.metadata, where=where, default=default)
+
+
+def told_family(file: TensorFile) -> ModelFamily | None:
+    """What an opened file says that it is for; None where it does not tell, or is for other models."""
+    origin = adapter_origin(file.shapes(), file.metadata)
+    return None if isinstance(origin, str) else origin
+
+
+def default_lines(file: TensorFile, family: ModelFamily) -> list[str]:
+    """A line about a file that does not tell what it is for."""
+    if told_family(file) is not None:
+        return []
+    return [f"{file.path}: says nowhere which models it is for; taken to be for {family.title}"]
 
 
 class FileLayers:

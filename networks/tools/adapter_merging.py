@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from library.checkpoints.atomic import check_writable
-from library.checkpoints.base_model import open_base_model
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata, read_modelspec
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, raise_all, some_names
 from library.families.family import EPSILON, ModelFamily
 from library.parallel import one_thread, over_cores
 from networks.formats.base_weights import BaseWeights
+from networks.formats.file_adapters import default_lines
 from networks.formats.files import save_tensors
 from networks.formats.readers import readers_sentence, readings
 from networks.formats.traits import read_header
@@ -126,20 +126,21 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[s
         UserError: what does not fit together, before anything is written; or a place that cannot be written to.
     """
     target = options.target
-    if target.exists() and any(given.path.exists() and target.samefile(given.path) for given in options.inputs):
-        raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another file")
     check_writable(target)
-    sources = open_sources(options.inputs, v2=options.v2)
+    base = BaseWeights.open(options.base)
+    sources = open_sources(options.inputs, v2=options.v2, default=base.model.family if base else None)
     family = sources[0].family
+    if base is not None:
+        base.check_family(family, f"--base {options.base}")
     report = AdapterReport()
     names, report.skipped = known_layers(sources, family, allow_unmatched=options.allow_unmatched)
-    base = _open_base(options.base, family) if options.base else None
     layers = _saved_layers(_merged_layers(names, sources, base, options, report, progress), options, report)
     tensors = flat(layers)
     with one_thread():
         save_tensors(target, tensors, None, _metadata(sources, layers, options))
         prove(target, tensors, layers, family)
-    lines = [*_table(report, family), *_skipped_lines(report), _last_line(options, sources)]
+    notes = [] if base else [line for source in sources for line in default_lines(source.file, family)]
+    lines = [*_table(report, family), *_skipped_lines(report), *notes, _last_line(options, sources)]
     return lines, _content(report, options)
 
 
@@ -153,14 +154,6 @@ def _measure(merged: Mapping[str, Merged], layers: Mapping[str, LayerTensors], r
     for name, value in zip(layers, over_cores(lost, layers), strict=True):
         report.norms[name] = (value, merged[name].norm)
         report.ranks[name] = len(layers[name][DOWN]) if DOWN in layers[name] else 0
-
-
-def _open_base(path: str, family: ModelFamily) -> BaseWeights:
-    model = open_base_model(path)
-    if model.family != family:
-        what = f"is {model.family.title}, and the adapters are for {family.title}"
-        raise UserError(what, where=f"--base {path}", remedy="give the model they were trained on")
-    return BaseWeights(model)
 
 
 def _merged_layers(
@@ -251,7 +244,10 @@ def _terms(
             continue
         tensors = source.read(name)
         floats += [value.dtype for value in tensors.values() if value.is_floating_point() and value.itemsize > 1]
-        terms.append((factor, SourceLayer.read(name, tensors, source.family, base)))
+        try:
+            terms.append((factor, SourceLayer.read(name, tensors, source.family, base)))
+        except LayerError as error:
+            raise UserError(error.what, where=f"{source.where}, {error.where}", remedy=error.remedy) from None
     widest = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float16)
     return terms, getattr(torch, options.saved) if options.saved else widest
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from library.errors import counted, some_names
 from library.families.family import ModelFamily
 from library.tables import table
+from networks.core.algorithms import algorithm_of
 from networks.core.products import effective_rank
 from networks.formats.file_adapters import adapter_of_layer, spec_of_tensors, stream_layers
+from networks.formats.files import unknown_tensors
 from networks.formats.layer_names import layer_names
 from networks.formats.readers import readers_sentence, readings
 from networks.formats.reading import Effect, Reading
@@ -108,6 +110,9 @@ def measure_layer(name: str, tensors: Mapping[str, Tensor], family: ModelFamily)
         alpha=float(tensors["alpha"].flatten()[0]) if "alpha" in tensors else None,
         bad=tuple(tensor for tensor, value in tensors.items() if not _is_sound(tensor, value, tensors)),
     )
+    fault = _fault(tensors)
+    if fault is not None:
+        return replace(measure, fault=fault)
     spec = spec_of_tensors(name, tensors, family)
     if spec is None:
         return measure
@@ -124,6 +129,20 @@ def measure_layer(name: str, tensors: Mapping[str, Tensor], family: ModelFamily)
         norm = float(torch.linalg.vector_norm(values))
         return replace(measure, norm=norm, effective_rank=effective_rank(values))
     return measure if adapter.reads_base else replace(measure, norm=float(adapter.delta_norm(torch.empty(0))))
+
+
+def _fault(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why tensors make no layer, whatever the base model; None where nothing is seen."""
+    whole = [f"{tensor} ({value.dtype})" for tensor, value in tensors.items() if _is_whole(tensor, value)]
+    if whole:
+        return f"has whole numbers for weights: {', '.join(whole)}".replace("torch.", "")
+    known = algorithm_of({tensor: tuple(value.shape) for tensor, value in tensors.items()})
+    return unknown_tensors(tensors) if known is None else None
+
+
+def _is_whole(tensor: str, value: Tensor) -> bool:
+    """Whether a tensor of numbers has none with a fraction by its type; alphas and (IA)3's marks may be so."""
+    return not value.is_floating_point() and value.dim() > 0 and tensor not in ("alpha", "on_input")
 
 
 def _is_sound(tensor: str, value: Tensor, tensors: Mapping[str, Tensor]) -> bool:
@@ -163,10 +182,12 @@ class CheckReport:
     Attributes:
         lines: of the report, in order.
         bad: keys with values that are not finite, by layer.
+        unreadable: layers of whose tensors nothing can be made.
     """
 
     lines: tuple[str, ...]
     bad: tuple[str, ...]
+    unreadable: tuple[str, ...]
 
 
 def check_file(file: TensorFile, family: ModelFamily, *, every_layer: bool = False) -> CheckReport:
@@ -192,7 +213,11 @@ def check_file(file: TensorFile, family: ModelFamily, *, every_layer: bool = Fal
     lines += [*_difference_lines(measures), *_fault_lines(measures)]
     lines += ["", *(line for result in results for line in reading_lines(result, every_layer=every_layer))]
     lines.append(readers_sentence(results))
-    return CheckReport(lines=tuple(lines), bad=tuple(f"{m.name}.{tensor}" for m in measures for tensor in m.bad))
+    return CheckReport(
+        lines=tuple(lines),
+        bad=tuple(f"{measure.name}.{tensor}" for measure in measures for tensor in measure.bad),
+        unreadable=tuple(measure.name for measure in measures if measure.fault),
+    )
 
 
 def _counts(counter: Mapping[str, int]) -> str:
@@ -253,7 +278,7 @@ def _difference_lines(measures: Sequence[LayerMeasure]) -> Iterator[str]:
 
 
 def _fault_lines(measures: Sequence[LayerMeasure]) -> Iterator[str]:
-    yield from (f"unreadable: {measure.fault}" for measure in measures if measure.fault)
+    yield from (f"unreadable: {measure.name}: {measure.fault}" for measure in measures if measure.fault)
     strangers = [measure.name for measure in measures if measure.place == "elsewhere"]
     if strangers:
         yield f"{counted(len(strangers), 'layer')} that the models have not: {some_names(strangers, SHOWN)}"

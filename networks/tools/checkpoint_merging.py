@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.checkpoints.atomic import check_writable
+from library.checkpoints.atomic import check_writable, unfinished
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
 from library.checkpoints.model_writing import config_metadata, counters_of, plan_single_file, write_folder
@@ -163,11 +161,10 @@ class MergedWeights:
         result = torch.empty(before.shape, dtype=saved)
         squares = [0.0, 0.0, 0.0]
         for start in range(0, len(before), _CHUNK):
-            piece, more = before[start : start + _CHUNK].to(self._arithmetic), added[start : start + _CHUNK]
-            exact = piece + more.to(self._arithmetic)
-            result[start : start + _CHUNK] = exact
+            piece, more = before[start : start + _CHUNK].float(), added[start : start + _CHUNK]
+            result[start : start + _CHUNK] = piece.to(self._arithmetic) + more.to(self._arithmetic)
             kept = result[start : start + _CHUNK].float()
-            measured = (piece.float(), more, exact.float().sub_(kept))
+            measured = (piece, more, (piece + more).sub_(kept))
             squares = [total + float(values.dot(values)) for total, values in zip(squares, measured, strict=True)]
         if not math.isfinite(sum(squares)):
             self._finite(result, tensor, place[1])
@@ -206,8 +203,8 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tu
     """
     is_folder = options.target.suffix == ""
     _check_target(options, is_folder)
-    sources = open_sources(options.inputs, v2=options.v2)
     model = open_base_model(options.base, v2=options.v2 or None)
+    sources = open_sources(options.inputs, v2=options.v2, default=model.family)
     if model.family != sources[0].family:
         what = f"is {model.family.title}, and {sources[0].where} is for {sources[0].family.title}"
         raise UserError(what, where=str(model.path), remedy="merge adapters into a model of the kind they were trained on")
@@ -222,9 +219,6 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tu
 
 def _check_target(options: CheckpointMerge, is_folder: bool) -> None:
     target = options.target
-    others = [Path(options.base), *(given.path for given in options.inputs)]
-    if any(other.exists() and target.exists() and target.samefile(other) for other in others):
-        raise UserError("is one of the inputs", where=f"--save_to {target}", remedy="name another one")
     if not is_folder:
         check_writable(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -273,14 +267,15 @@ def _write_folder(model: BaseModelFiles, change: MergedWeights, options: Checkpo
         tick()
         return made
 
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write_folder(model, temporary, dtype=options.saved, change=counting)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"could not be written ({error.strerror or error})", where=str(target)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with unfinished(target) as temporary:
+        try:
+            write_folder(model, temporary, dtype=options.saved, change=counting)
+            os.replace(temporary, target)
+        except UserError as error:
+            where = error.where and error.where.replace(str(temporary), str(target))
+            raise UserError(error.what, where=where, remedy=error.remedy) from None
+        except OSError as error:
+            raise UserError(f"could not be written ({error.strerror or error})", where=str(target)) from error
 
 
 def _check_written(target: Path, change: MergedWeights) -> None:
@@ -306,6 +301,7 @@ def report_lines(
         lines.append(f"{title:14}{layers:8}{len(altered):9}{shares}")
     for where, names in report.skipped.items():
         lines.append(f"{where}: {counted(len(names), 'layer')} left out ({', '.join(names)})")
+    lines += model.notes()
     terms = " + ".join(f"{_ratio(source)} * {source.given.path.stem}" for source in sources)
     lines.append(f"{options.target}: {model.family.title}, {model.name} + {terms}; opened again and compared")
     return lines

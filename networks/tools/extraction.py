@@ -134,7 +134,7 @@ def extract(options: Extraction, *, progress: Progress) -> Extracted:
         UserError: models that cannot be used or compared, or are the same; a place that cannot be written to.
     """
     models = open_pair(options.base, options.tuned, v2=options.v2, v_parameterization=options.v_parameterization)
-    _check_target(options, models)
+    check_writable(options.target)
     pairs = tensor_pairs(*models, with_convolutions="conv_dim" in options.rules)
     found = Extracted(options=options, models=models)
     largest = _text_difference(pairs, options)
@@ -152,15 +152,6 @@ def extract(options: Extraction, *, progress: Progress) -> Extracted:
     _prove(found, planned)
     found.reader_line = _reader_line(found)
     return found
-
-
-def _check_target(options: Extraction, models: tuple[BaseModelFiles, BaseModelFiles]) -> None:
-    target = options.target
-    for model in models:
-        files = {source.file.path for part in model.parts.values() for source in part.sources.values()}
-        if target.exists() and any(path.exists() and target.samefile(path) for path in files):
-            raise UserError(f"is a file of {model.path}", where=f"--save_to {target}", remedy="give another name")
-    check_writable(target)
 
 
 def _text_difference(pairs: list[TensorPair], options: Extraction) -> float:
@@ -378,3 +369,5 @@ def title_of_place(measured: Measured) -> str:
 
 
 _PLACES = {"down_blocks": "in", "mid_block": "mid", "up_blocks": "out"}
+PLACE_TITLES = (PART_TITLES[TEXT_ENCODER], *(f"U-Net {place}" for place in (*_PLACES.values(), "other")))
+"""All that `title_of_place` gives, in the order of tables."""

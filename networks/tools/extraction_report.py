@@ -9,7 +9,7 @@ from pathlib import Path
 
 from library.checkpoints.parts import PART_TITLES
 from library.errors import counted, some_names
-from networks.tools.extraction import Extracted, Measured, title_of_place
+from networks.tools.extraction import PLACE_TITLES, Extracted, Measured, title_of_place
 from networks.tools.plotting import spectra_and_errors
 
 _SHOWN = 3  # layers that a sentence names
@@ -31,7 +31,7 @@ def lines(found: Extracted) -> list[str]:
     rows: dict[str, list[Measured]] = {}
     for measured in found.layers.values():
         rows.setdefault(title_of_place(measured), []).append(measured)
-    rows["total"] = list(found.layers.values())
+    rows = {title: rows[title] for title in sorted(rows, key=PLACE_TITLES.index)} | {"total": list(found.layers.values())}
     told = [f"{'part':14}{'layers':>7}  {'ranks':14}{'share of the change':>20}{'relative error':>16}"]
     told += [_row(title, measured, everything) for title, measured in rows.items()]
     told += _rest_lines(found, everything)

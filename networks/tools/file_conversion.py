@@ -17,11 +17,12 @@ from torch import Tensor
 
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, some_names
+from library.families.detect import DEFAULT_FAMILY
 from library.families.family import ModelFamily
 from library.parallel import over_cores
 from networks.core.algorithms import algorithm_of
 from networks.formats.base_weights import BaseWeights
-from networks.formats.file_adapters import family_of_adapter_file, stream_layers
+from networks.formats.file_adapters import default_lines, family_of_adapter_file, stream_layers
 from networks.formats.files import save_tensors
 from networks.formats.keys import to_peft
 from networks.formats.readers import READERS, readers_sentence, readings
@@ -145,10 +146,10 @@ def convert_file(options: FileConversion) -> list[str]:
 
 
 def _convert(file: TensorFile, options: FileConversion) -> list[str]:
-    if options.target.exists() and options.target.samefile(options.source):
-        raise UserError("is the file to convert", where=f"--save_to {options.target}", remedy="give another name")
-    family = family_of_adapter_file(file)
-    base = _open_base(options.base, family) if options.base else None
+    base = BaseWeights.open(options.base)
+    family = family_of_adapter_file(file, base.model.family if base else DEFAULT_FAMILY)
+    if base is not None:
+        base.check_family(family, f"--base {options.base}")
     asked = [READERS[name] for name in options.readers]
     plan = Plan()
 
@@ -168,17 +169,8 @@ def _convert(file: TensorFile, options: FileConversion) -> list[str]:
     errors = _errors(file, family, base, plan)
     save_tensors(options.target, tensors, None, _metadata(file.metadata, plan, options) | said)
     prove(options.target, tensors, plan.layers, family)
-    return [*_lines(plan, options), *_error_lines(errors), _last_line(options.target, asked, family)]
-
-
-def _open_base(path: str, family: ModelFamily) -> BaseWeights:
-    from library.checkpoints.base_model import open_base_model
-
-    model = open_base_model(path)
-    if model.family != family:
-        what = f"is {model.family.title}, and the adapter is for {family.title}"
-        raise UserError(what, where=f"--base {path}", remedy="give the model it was trained on")
-    return BaseWeights(model)
+    notes = [] if base else default_lines(file, family)
+    return [*_lines(plan, options), *_error_lines(errors), *notes, _last_line(options.target, asked, family)]
 
 
 def _decision(layer: SourceLayer, options: FileConversion, asked: Sequence[Reader], family: ModelFamily) -> Decision:

@@ -13,8 +13,9 @@ from torch import Tensor
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, attempt, counted, raise_all, some_names
 from library.families.block_weights import place_of
+from library.families.detect import FAMILIES
 from library.families.family import ModelFamily
-from networks.formats.file_adapters import FileLayers, family_of_adapter_file
+from networks.formats.file_adapters import FileLayers, family_of_adapter_file, told_family
 from networks.formats.layer_names import layer_names
 
 if TYPE_CHECKING:
@@ -84,18 +85,23 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.itemsize == 1 else value
 
 
-def open_sources(inputs: Sequence[MergeInput], *, v2: bool = False) -> list[Source]:
+def open_sources(inputs: Sequence[MergeInput], *, v2: bool = False, default: ModelFamily | None = None) -> list[Source]:
     """Open all files.
 
     Args:
         inputs: one or more.
         v2: whether the user says that they are for SD2.
+        default: of files that do not tell; None for what another one tells, and else what `v2` says.
 
     Raises:
         UserError: all that cannot be used, or adapters for different models.
     """
     problems: list[UserError] = []
-    attempted = [attempt(partial(_open, given), problems) for given in inputs]
+    files = [attempt(partial(open_tensor_file, given.path), problems) for given in inputs]
+    told = [family for file in files if file is not None and (family := told_family(file)) is not None]
+    default = default or next(iter(told), next(family for family in FAMILIES if family.is_v2 is v2))
+    pairs = [(given, file) for given, file in zip(inputs, files, strict=True) if file is not None]
+    attempted = [attempt(partial(_source, given, file, default), problems) for given, file in pairs]
     opened = [source for source in attempted if source is not None]
     raise_all(problems)
     first = opened[0]
@@ -109,9 +115,8 @@ def open_sources(inputs: Sequence[MergeInput], *, v2: bool = False) -> list[Sour
     return opened
 
 
-def _open(given: MergeInput) -> Source:
-    file = open_tensor_file(given.path)
-    family = family_of_adapter_file(file)
+def _source(given: MergeInput, file: TensorFile, default: ModelFamily) -> Source:
+    family = family_of_adapter_file(file, default)
     return Source(given=given, file=file, family=family, layers=FileLayers(file, family))
 
 

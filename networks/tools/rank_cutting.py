@@ -25,6 +25,8 @@ from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.errors import UserError, some_names
 from networks.formats.keys import by_layer
+from networks.tools.comparing import is_finite
+from networks.tools.file_conversion import rounded
 
 _FACTORS = ("lora_down.weight", "lora_up.weight")
 _KNOWN = {*_FACTORS, "alpha", "dora_scale"}
@@ -45,10 +47,11 @@ def cut_layer(tensors: LayerTensors, rank: int) -> dict[str, Tensor]:
         return dict(tensors)
     alpha = tensors.get("alpha", torch.zeros((), dtype=down.dtype))
     full_alpha = float(alpha) or float(len(down))
+    new_alpha = torch.full(alpha.shape, full_alpha * math.sqrt(rank / len(down)))
     cut = {
         "lora_down.weight": down[:rank].contiguous(),
         "lora_up.weight": up[:, :rank].contiguous(),
-        "alpha": torch.full_like(alpha, full_alpha * math.sqrt(rank / len(down))),
+        "alpha": rounded(new_alpha, alpha.dtype if alpha.is_floating_point() else torch.float32),
     }
     return {**tensors, **cut}
 
@@ -133,11 +136,13 @@ def read_low_rank_file(path: Path) -> LowRankFile:
                 where=str(path),
                 remedy="give a file of DyLoRA or LoRA in kohya's layout",
             )
-        if down.dim() < 2 or up.dim() < 2 or len(down) != up.shape[1]:
+        if down.dim() < 2 or up.dim() < 2 or len(down) != up.shape[1] or not len(down):
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
             raise UserError(f"{name} has factors of {shapes}, which do not belong together", where=str(path))
+        if "alpha" in layer and layer["alpha"].numel() != 1:
+            raise UserError(f"the alpha of {name} is not one number", where=str(path), remedy="give a sound file")
     for key, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise UserError(f"{key} holds values that are not finite", where=str(path), remedy="give a sound file")
     return LowRankFile(path=path, layers=layers, metadata=file.metadata)
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, some_names
+from library.families.detect import DEFAULT_FAMILY
 from library.parallel import one_thread, over_cores
 from networks.core.additive import AdditiveAdapter
 from networks.core.products import balanced_factors
-from networks.formats.file_adapters import family_of_adapter_file, stream_layers
+from networks.formats.file_adapters import default_lines, family_of_adapter_file, stream_layers
 from networks.formats.files import save_tensors
 from networks.formats.readers import readers_sentence, readings
 from networks.formats.traits import read_header
@@ -167,9 +168,7 @@ def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | Non
         UserError: what cannot be resized, before anything is written; or a place that cannot be written to.
     """
     file = open_tensor_file(options.source)
-    if options.target.exists() and options.target.samefile(options.source):
-        raise UserError("is the file to resize", where=f"--save_to {options.target}", remedy="give another name")
-    family = family_of_adapter_file(file)
+    family = family_of_adapter_file(file, DEFAULT_FAMILY)
     try:
         layers = tuple(_resized_layers(stream_layers(file, family), options, family, progress))
     except LayerError as error:
@@ -192,9 +191,8 @@ def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | Non
     with one_thread():
         save_tensors(options.target, flat(written), None, _metadata(file.metadata, layers, alpha, options))
         prove(options.target, flat(written), written, family)
-    return ResizeReport(
-        layers=layers, errors=errors, alpha=alpha, lines=tuple(_lines(options, layers, errors, alpha, family))
-    )
+    lines = (*default_lines(file, family), *_lines(options, layers, errors, alpha, family))
+    return ResizeReport(layers=layers, errors=errors, alpha=alpha, lines=lines)
 
 
 def _resized_layers(

@@ -127,6 +127,26 @@ def test_values_that_are_not_finite_end_with_status_1(lora, tmp_path, capsys):
     assert lines[-1] == f"1 tensor with values that are not finite ({key})"
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda up: None, "has lora_down.weight without lora_up.weight"),
+        (lambda up: torch.zeros(len(up), 7, 1, 1), "does not fit: lora_up.weight is"),
+        (lambda up: up.to(torch.int32), "has whole numbers for weights: lora_up.weight (int32)"),
+    ],
+)
+def test_tensors_that_make_no_layer_are_named_and_end_with_status_1(change, fault, lora, tmp_path, capsys):
+    tensors = load_file(lora)
+    layer = "lora_unet_down_blocks_0_resnets_0_conv1"
+    changed = change(tensors.pop(f"{layer}.lora_up.weight"))
+    kept = tensors if changed is None else tensors | {f"{layer}.lora_up.weight": changed}
+    save_file(kept, tmp_path / "bad.safetensors", METADATA)
+    status, lines = checked(capsys, tmp_path / "bad.safetensors")
+    assert status == 1
+    assert any(line.startswith(f"unreadable: {layer}: {fault}") for line in lines)
+    assert lines[-1] == f"1 layer that cannot be read ({layer})"
+
+
 def test_other_layouts_are_read_too(tmp_path, capsys):
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {f"{layer}.lora_A.weight": torch.ones(4, 768), f"{layer}.lora_B.weight": torch.ones(320, 4)}
@@ -165,6 +185,6 @@ def test_what_no_program_can_use_is_read_rightly_by_none(fault, lora, tmp_path, 
         tensors |= {f"{layer or first}.{name}": torch.rand(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "faulty.safetensors", {"ss_base_model_version": "sd_v1"})
     _, lines = checked(capsys, tmp_path / "faulty.safetensors")
-    last = lines[-1]
-    assert last.startswith("read rightly by none of the programs known here")
-    assert f"ComfyUI {sentence}" in last
+    (told,) = (line for line in lines if line.startswith("read rightly by"))
+    assert told.startswith("read rightly by none of the programs known here")
+    assert f"ComfyUI {sentence}" in told

@@ -125,10 +125,18 @@ def test_files_without_metadata_alpha_or_full_precision(tmp_path, suffix):
     assert float(header(first)["ss_network_alpha"]) == pytest.approx(8 * 0.5**0.5, rel=1e-3)
     assert header(second)["ss_network_alpha"] == "8"
     found = load_file(first)
+    alpha = found.pop("lora_unet_a.alpha")
     assert {tensor.dtype for tensor in found.values()} == {torch.float16}
-    assert found["lora_unet_a.alpha"].item() == pytest.approx(8 * 0.5**0.5, rel=1e-3)
+    assert alpha.item() == pytest.approx(8 * 0.5**0.5, rel=1e-7), "half precision would lose digits of it"
     as_torch, _ = cut_file(source, tmp_path / "cut.pt", 4)
-    assert torch.load(as_torch, weights_only=True).keys() == found.keys()
+    assert torch.load(as_torch, weights_only=True).keys() == load_file(first).keys()
+
+
+def test_an_alpha_that_is_stored_as_a_whole_number_is_not_cut_to_one(tmp_path):
+    tensors = {f"lora_unet_a.{name}": value for name, value in module(layer_and_input("linear")[0]).tensors().items()}
+    save_file(tensors | {"lora_unet_a.alpha": torch.tensor(6)}, tmp_path / "whole.safetensors")
+    first, _ = cut_file(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors", 4)
+    assert load_file(first)["lora_unet_a.alpha"].item() == pytest.approx(6 * 0.5**0.5, rel=1e-7)
 
 
 def test_the_door_works_from_any_directory(trained, tmp_path):
@@ -152,6 +160,11 @@ def damaged_file(path):
     save_file(tensors, path)
 
 
+def file_with(path, **changes):
+    tensors = {f"lora_unet_a.{name}": tensor for name, tensor in module(layer_and_input("linear")[0]).tensors().items()}
+    save_file(tensors | {f"lora_unet_a.{name.replace('__', '.')}": tensor for name, tensor in changes.items()}, path)
+
+
 REFUSED = {
     "no unit": (["--unit"], ["--unit: not given; give the unit of the training"]),
     "nothing": (["--unit", "--model", "--save_to"], ["--model: not given", "--save_to: not given", "--unit: not given"]),
@@ -163,6 +176,8 @@ REFUSED = {
         ["loha.safetensors: is no LoRA file that can be cut: lora_unet_a has"],
     ),
     "not finite": ({"--model": "nan.safetensors"}, ["lora_unet_a.lora_up.weight holds values that are not finite"]),
+    "two alphas": ({"--model": "alphas.safetensors"}, ["the alpha of lora_unet_a is not one number"]),
+    "no rank": ({"--model": "empty.safetensors"}, ["which do not belong together"]),
     "no suffix": ({"--save_to": "split"}, ["--save_to split: has no suffix of a tensor file"]),
     "the model itself": ({"--save_to": "ball.safetensors"}, ["ball.safetensors is the file to cut"]),
     "one of its ranks": (
@@ -185,6 +200,8 @@ def test_wrong_input_is_a_sentence_and_writes_nothing(case, tmp_path, monkeypatc
         save_file({f"lora_unet_a.{key}": t for key, t in module(layer).tensors().items()}, f"{name}.safetensors")
     loha_file("loha.safetensors")
     damaged_file("nan.safetensors")
+    file_with("alphas.safetensors", alpha=torch.ones(2))
+    file_with("empty.safetensors", lora_down__weight=torch.ones(0, 16), lora_up__weight=torch.ones(24, 0))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*")}
     changes, sentences = REFUSED[case]
     options = {"--model": "ball.safetensors", "--save_to": "split.safetensors", "--unit": 2}

@@ -239,9 +239,11 @@ def test_every_tensor_keeps_its_own_type(files, tiny_sd1_file, tmp_path, capsys)
 def test_the_name_decides_the_format_and_precision_the_type(options, dtype, suffix, files, tiny_sd1_file, tmp_path, capsys):
     target = tmp_path / f"merged{suffix}"
     command = ["--sd_model", tiny_sd1_file, "--models", files("lora"), "--save_to", target, *options]
-    run(capsys, *command).require_success()
+    done = run(capsys, *command).require_success()
     merged = tensors_of(target)
     assert {tensor.dtype for tensor in merged.values()} == {dtype}
+    told = next(float(line.split()[-1]) for line in done.out.splitlines() if line.startswith("total"))
+    assert (told > 1e-3) is (dtype != torch.float32), "what rounding takes is told, in the sum or in saving"
     changes = changes_of(files("lora"), tiny_sd1_file)
     place = BaseWeights(open_base_model(tiny_sd1_file)).place
     base = tensors_of(tiny_sd1_file)
@@ -400,8 +402,8 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(files, sd2_adapter, tiny
     harmful.write_bytes(pickle.dumps({"a.lora_up.weight": Harm()}))
     into = ["--sd_model", tiny_sd1_file]
     table = [
-        ([], "--models", "name one or more"),
-        (["--models", lora, "--ratios", 1, 2], "--ratios 1.0 2.0: 2 given for 1 models"),
+        ([], "--models", "one or more adapter files"),
+        (["--models", lora, "--ratios", 1, 2], "--ratios 1.0 2.0: 2 given for 1 model"),
         (["--models", lora, lora, "--lbws", "ALL"], "--lbws", "1 given for 2 models"),
         (["--models", lora, "--lbws", "[1,2,3]"], "has 3 values", "12, 17, 20 or 26"),
         (["--models", lora, "--lbws", "OUTAL"], "OUTALL"),
@@ -435,6 +437,52 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(files, sd2_adapter, tiny
         assert place.read_bytes() == before
     assert_refused(run(capsys, "--models", lora), "--save_to")
     assert_refused(run(capsys, "--models", lora, "--save_to", tmp_path / "folder"), "suffix")
+
+
+def silent(source: Path, folder: Path) -> Path:
+    """A copy that does not tell what it is for: tiny layers, and no metadata."""
+    save_file(load_file(source), folder / f"silent-{source.name}")
+    return folder / f"silent-{source.name}"
+
+
+def test_an_adapter_that_tells_nothing_is_for_the_model_it_is_merged_into(
+    files, sd2_adapter, tiny_sd1_file, tiny_sd2_file, tmp_path, capsys
+):
+    first, second = silent(files("lora"), tmp_path), silent(sd2_adapter, tmp_path)
+    merged = []
+    for adapter in (files("lora"), first):
+        target = tmp_path / f"merged-{adapter.name}"
+        run(capsys, "--sd_model", tiny_sd1_file, "--models", adapter, "--save_to", target).require_success()
+        merged.append(tensors_of(target))
+    assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
+    target = tmp_path / "new.safetensors"
+    done = run(capsys, "--sd_model", tiny_sd2_file, "--models", second, "--save_to", target).require_success()
+    assert "does not say what it predicts" in done.out
+    refused = run(capsys, "--sd_model", tiny_sd1_file, "--models", second, "--save_to", tmp_path / "none.safetensors")
+    assert_refused(refused, second.name)
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_adapters_that_tell_nothing_are_taken_for_what_another_tells_or_for_sd1(files, sd2_adapter, tmp_path, capsys):
+    first, second, target = silent(files("lora"), tmp_path), silent(sd2_adapter, tmp_path), tmp_path / "new.safetensors"
+    for words, family in (
+        ([first], "sd_v1"),
+        ([second, "--v2"], "sd_v2"),
+        ([second, sd2_adapter], "sd_v2"),
+    ):
+        done = run(capsys, "--models", *words, "--save_to", target).require_success()
+        assert f"{words[0]}: says nowhere which models it is for" in done.out
+        assert open_tensor_file(target).metadata["ss_base_model_version"] == family
+
+
+def test_a_layer_that_does_not_fit_is_named_with_its_file(files, tiny_sd1_file, tmp_path, capsys):
+    tensors, odd, target = load_file(files("lora")), tmp_path / "odd.safetensors", tmp_path / "new.safetensors"
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    save_file(tensors | {key: torch.zeros(len(tensors[key]), 7, *tensors[key].shape[2:])}, odd, METADATA)
+    for into in ([], ["--sd_model", tiny_sd1_file]):
+        done = run(capsys, *into, "--models", files("lora"), odd, "--save_to", target)
+        assert_refused(done, "odd.safetensors", key.partition(".")[0], "lora_up.weight is")
+        assert not target.exists()
 
 
 def test_unmatched_layers_are_named_where_they_are_allowed(files, tiny_sd1_file, tmp_path, capsys):
@@ -482,22 +530,31 @@ from networks.tools import checkpoint_merging
 real = checkpoint_merging.MergedWeights.__call__
 def dying(self, kind, name, tensor):
     if len(self.given) == 20:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), {number})
     return real(self, kind, name, tensor)
 checkpoint_merging.MergedWeights.__call__ = dying
+from library.cli.doors import run_door
 from networks.merge_lora import work
-work(sys.argv[1:])
+sys.exit(run_door("merge_lora", work))
 """
 
 
-def test_a_killed_merge_leaves_no_file_of_that_name(files, tiny_sd1_file, tmp_path):
-    target = tmp_path / "new.safetensors"
-    words = ["--sd_model", tiny_sd1_file, "--models", files("lora"), "--save_to", target]
-    script = KILLED_WHILE_WRITING.format(root=str(ROOT))
+@pytest.mark.parametrize(
+    ("number", "status", "name"),
+    [
+        (signal.SIGTERM, -signal.SIGTERM, "new.safetensors"),
+        (signal.SIGTERM, -signal.SIGTERM, "new"),
+        (signal.SIGHUP, -signal.SIGHUP, "new.ckpt"),
+        (signal.SIGINT, 130, "new.safetensors"),
+    ],
+)
+def test_a_merge_that_a_signal_ends_leaves_nothing(number, status, name, files, tiny_sd1_file, tmp_path):
+    words = ["--sd_model", tiny_sd1_file, "--models", files("lora"), "--save_to", tmp_path / name]
+    script = KILLED_WHILE_WRITING.format(root=str(ROOT), number=int(number))
     command = [sys.executable, "-c", script, *map(str, words)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert not target.exists()
+    assert done.returncode == status, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_merging_into_a_file_imports_neither_diffusers_nor_transformers(files, tiny_sd1_file, tmp_path):

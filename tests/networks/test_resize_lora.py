@@ -213,5 +213,5 @@ def test_files_without_ranks_are_refused(files, tmp_path, name):
 
 
 def test_the_source_is_not_written_over(files):
-    with pytest.raises(UserError, match="is the file to resize"):
+    with pytest.raises(UserError, match="is one of the inputs"):
         work(["--model", str(files("dylora")), "--save_to", str(files("dylora"))])

@@ -105,7 +105,7 @@ def test_the_training_command_line_uses_options_that_exist():
 def test_the_picture_command_lines_are_accepted(strength):
     step = run.picture_step(strength)
     options = parse_generation(step.command[2:])
-    assert str(options.output_folder) == run.picture_folder(strength)
+    assert str(options.output.folder) == run.picture_folder(strength)
     assert [network.strength for network in options.networks] == ([] if strength is None else [float(strength)])
 
 

@@ -82,12 +82,17 @@ def test_the_first_model_may_have_any_layout_and_all_count_the_same_without_rati
 def test_precisions_are_those_asked_for(precision, saved, tiny_sd1_file, others, tmp_path, capsys):
     models, kept = [tiny_sd1_file, others["folder"]], {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     command = ["--models", *models, "--ratios", 0.3, 0.7, "--output", tmp_path / "m", "--unet_only"]
-    run(capsys, *command, "--precision", precision, "--saving_precision", saved).require_success()
+    done = run(capsys, *command, "--precision", precision, "--saving_precision", saved).require_success()
     merged, (first, second) = tensors_of(tmp_path / "m.safetensors"), map(tensors_of, models)
     for key, tensor in merged.items():
         parts = [whole[key].to(kept[precision]) for whole in (first, second)]
         expected = torch.add(parts[0] * 0.3, parts[1].reshape(parts[0].shape), alpha=0.7) if key[0] == UNET else parts[0]
         assert torch.equal(tensor.flatten(), expected.to(kept[saved]).flatten()), key
+    exact = {key: first[key] * 0.3 + second[key].reshape(first[key].shape) * 0.7 for key in merged if key[0] == UNET}
+    lost = sum((merged[key].float().reshape(each.shape) - each).double().square().sum() for key, each in exact.items())
+    share = (lost / sum(each.double().square().sum() for each in exact.values())).sqrt()
+    (row,) = (line for line in done.out.splitlines() if line.startswith("U-Net"))
+    assert float(row.split()[-1]) == pytest.approx(float(share), rel=0.05), "the arithmetic's loss is told too"
 
 
 def test_only_the_unet_is_merged_where_asked(tiny_sd1_file, others, tmp_path, capsys):
@@ -228,8 +233,8 @@ def test_where_there_is_no_space_the_old_file_stays(tiny_sd1_file, tmp_path, mon
     [
         (["--models", "{model}", "--output", "m"], "--models: name two or more"),
         (["--models", "{model}", "{model}"], "--output: name the file to write"),
-        (["--models", "{model}", "{model}", "--ratios", "1", "--output", "m"], "--ratios 1.0: 1 for 2 models"),
-        (["--models", "{model}", "{model}", "--output", "{model}"], "is one of the models"),
+        (["--models", "{model}", "{model}", "--ratios", "1", "--output", "m"], "--ratios 1.0: 1 given for 2 models"),
+        (["--models", "{model}", "{model}", "--output", "{model}"], "is one of the inputs"),
         (["--models", "{model}", "{model}", "--output", "m.ckpt"], "only .safetensors files are written"),
         (["--models", "{model}", "{model}", "--output", "none/m"], "the folder none does not exist"),
         (["--models", "{model}", "{model}", "--output", "m", "--device", "gpu"], "--device gpu: cannot be used here"),

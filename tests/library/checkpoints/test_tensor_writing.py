@@ -162,6 +162,20 @@ def test_a_full_disk_while_writing_is_a_sentence(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
+def test_what_the_system_refuses_while_writing_is_a_sentence_and_the_old_file_stays(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path / name).write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{name}: could not be written .File too large"):
+            write_tensors(tmp_path / name, {key: torch.ones(1 << 17) for key in "abcdefgh"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"old")]
+
+
 def test_a_link_keeps_pointing_to_the_new_content(tmp_path):
     (tmp_path / "real").mkdir()
     target, link = tmp_path / "real" / "x.safetensors", tmp_path / "link.safetensors"
