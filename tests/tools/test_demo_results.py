@@ -106,7 +106,7 @@ def test_the_picture_command_lines_are_accepted(strength):
     step = run.picture_step(strength)
     options = parse_generation(step.command[2:])
     assert str(options.output.folder) == run.picture_folder(strength)
-    assert [network.strength for network in options.networks] == ([] if strength is None else [float(strength)])
+    assert [network.strength for network in options.adapters.networks] == ([] if strength is None else [float(strength)])
 
 
 def test_the_picture_command_lines_differ_in_the_lora_alone():
