@@ -13,7 +13,7 @@ from library.cli.options import all_options
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS
 from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS
 from library.cli.training_options import TRAINING_OPTIONS
-from library.generation.prompt_options import PREVIEW_OPTIONS
+from library.generation.prompt_options import IMAGE_OPTIONS
 from networks.building import creation
 from networks.building.presets import PRESETS
 from networks.building.selection import SELECTION_ARGUMENTS
@@ -60,7 +60,7 @@ def page_name(path):
 @pytest.mark.parametrize("path", TEXTS, ids=page_name)
 def test_every_option_that_is_named_exists(path):
     ours = (option for groups in OF_OUR_SCRIPTS for option in all_options(groups))
-    known = {*ours, *PREVIEW_OPTIONS, *OF_OTHER_PROGRAMS}
+    known = {*ours, *IMAGE_OPTIONS, *OF_OTHER_PROGRAMS}
     known |= {name for file in (ROOT / "benchmarks").glob("*.py") for name in re.findall(r'"--(\w+)"', file.read_text())}
     named = set(re.findall(r"(?<![\w-])--([A-Za-z][\w]*)", path.read_text(encoding="utf-8")))
     assert named <= known
