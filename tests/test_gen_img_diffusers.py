@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
-from library.checkpoints import base_model
 from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
 from library.cli.options import FLAG, all_options
 from library.families.sd1 import SD1
 from library.generation.planning import image_seed
 from library.generation.png_info import read_recipe
 from networks import lora
-from tests.support.drawing import SMALL, draw, pixels, write_lora
+from tests.support.drawing import SMALL, draw, pixels, refused, write_lora
 from tests.support.tiny_models import build_tiny_parts
 
 ROOT = Path(gen_img_diffusers.__file__).parent
 FROZEN = ROOT / "tests" / "library" / "generation" / "gen_img_diffusers_options.txt"
 OPTIONS = all_options(GENERATION_OPTIONS)
+
+pytestmark = pytest.mark.usefixtures("_tokenizers_are_read_once")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -36,25 +36,6 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "gen_img_diffusers.py"), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the script says when it refuses a command line."""
-    assert gen_img_diffusers.main(list(map(str, arguments))) == 2
-    return capsys.readouterr().err
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tokenizers_are_read_once():
-    """Reading CLIP's vocabulary takes longer than drawing; the runs in processes of their own read it all the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_model, "load_tokenizer", cache(base_model.load_tokenizer))
-        yield
-
-
-@pytest.fixture(scope="module")
-def lora_file(tmp_path_factory, tiny_sd1_folder) -> Path:
-    return write_lora(tmp_path_factory.mktemp("lora") / "mine.safetensors", tiny_sd1_folder)
 
 
 def test_help_answers_at_once_and_without_torch():
@@ -87,26 +68,26 @@ def test_an_option_of_later_is_refused_and_never_ignored(capsys, name):
     assert sentences == f"gen_img_diffusers: --{name}: is not available yet: {option.later}; leave it out for now\n"
 
 
-def test_a_real_command_draws_names_and_describes_its_pictures(tiny_sd1_folder, lora_file, tmp_path):
+def test_a_real_command_draws_names_and_describes_its_pictures(tiny_sd1_folder, tiny_sd1_lora, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# ours\na red cat --n blurry --d 5\n\na house --l 3 --s 3\n")
     result = run(
         *("--ckpt", tiny_sd1_folder, "--from_file", prompts, "--outdir", tmp_path / "out", "--seed", 7, "--sdpa"),
-        *("--network_weights", lora_file, "--network_mul", "0.5", "--n_iter", 2, "--batch_size", 2, *SMALL),
+        *("--network_weights", tiny_sd1_lora, "--network_mul", "0.5", "--n_iter", 2, "--batch_size", 2, *SMALL),
     )
     assert (result.returncode, result.stderr) == (0, "")
     pictures = sorted((tmp_path / "out").iterdir())
     names = [re.fullmatch(r"im_\d{14}_(\d{3})_(\d+)\.png", picture.name).groups() for picture in pictures]
     seeds = [5, image_seed(7, 1), 5, image_seed(7, 3)]
     assert names == [(f"{number:03d}", str(seed)) for number, seed in enumerate(seeds)]
-    assert re.search(rf"^{lora_file.name}: \d+ layers matched, 0 unmatched, 0 ignored$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^{tiny_sd1_lora.name}: \d+ layers matched, 0 unmatched, 0 ignored$", result.stdout, re.MULTILINE)
     assert re.fullmatch(rf"4 pictures in {tmp_path / 'out'} \(\d+\.\d s\)", result.stdout.splitlines()[-1])
     request, made_with = read_recipe(pictures[1])
     assert (request.prompt, request.scale, request.steps, request.seed) == ("a house", 3.0, 3, seeds[1])
     assert (request.width, request.height) == (64, 64)
     assert made_with["model"] == tiny_sd1_folder.name
     (used,) = made_with["networks"]
-    assert (used["name"], used["strength"], used["file"]) == ("mine", 0.5, str(lora_file))
+    assert (used["name"], used["strength"], used["file"]) == ("mine", 0.5, str(tiny_sd1_lora))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
@@ -130,14 +111,14 @@ def test_stable_diffusion_2_is_found_out_and_drawn(request, tmp_path, kind):
     assert pixels(picture).std() > 5
 
 
-def test_adapters_act_by_their_strength_and_merging_draws_the_same(tiny_sd1_folder, lora_file, tmp_path):
+def test_adapters_act_by_their_strength_and_merging_draws_the_same(tiny_sd1_folder, tiny_sd1_lora, tmp_path):
     common = ("--ckpt", tiny_sd1_folder, "--prompt", "a cat --s 3", "--seed", 1)
-    network = ("--network_module", "networks.lora", "--network_weights", lora_file)
+    network = ("--network_module", "networks.lora", "--network_weights", tiny_sd1_lora)
     commands = {
         "plain": (),
         "zero": (*network, "--network_mul", 0),
         "full": network,
-        "merged halves": ("--network_weights", lora_file, lora_file, "--network_mul", 0.5, 0.5, "--network_merge"),
+        "merged halves": ("--network_weights", tiny_sd1_lora, tiny_sd1_lora, "--network_mul", 0.5, 0.5, "--network_merge"),
     }
     drawn = {}
     for name, more in commands.items():
@@ -242,8 +223,8 @@ def test_every_mistake_in_files_and_folders_is_told_at_once_before_anything_is_l
         (("--v_parameterization",), "leave out --v_parameterization"),
     ],
 )
-def test_what_is_wrong_is_answered_with_what_is_right(capsys, tiny_sd1_folder, lora_file, tmp_path, more, sentence):
-    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--network_weights", lora_file)
+def test_what_is_wrong_is_answered_with_what_is_right(capsys, tiny_sd1_folder, tiny_sd1_lora, tmp_path, more, sentence):
+    common = ("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path, "--network_weights", tiny_sd1_lora)
     assert sentence in refused(capsys, *common, *more)
 
 
@@ -259,8 +240,8 @@ def test_an_adapter_that_does_not_fit_is_refused_even_if_it_says_nothing(capsys,
     assert str(file) in refused(capsys, *command, *SMALL)
 
 
-def test_an_adapter_with_values_that_are_not_finite_is_refused_by_tensor(capsys, tiny_sd1_folder, lora_file, tmp_path):
-    tensors = load_file(lora_file)
+def test_an_adapter_with_values_that_are_not_finite_is_refused_by_tensor(capsys, tiny_sd1_folder, tiny_sd1_lora, tmp_path):
+    tensors = load_file(tiny_sd1_lora)
     key = next(key for key in tensors if "lora_up" in key)
     tensors[key][0, 0] = float("nan")
     save_file(tensors, tmp_path / "bad.safetensors")
@@ -270,9 +251,9 @@ def test_an_adapter_with_values_that_are_not_finite_is_refused_by_tensor(capsys,
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_what_is_no_base_model_is_refused_by_name(capsys, lora_file, tmp_path):
+def test_what_is_no_base_model_is_refused_by_name(capsys, tiny_sd1_lora, tmp_path):
     common = ("--prompt", "a", "--outdir", tmp_path / "out", "--ckpt")
-    assert "is an adapter (LoRA) file, not a base model" in refused(capsys, *common, lora_file)
+    assert "is an adapter (LoRA) file, not a base model" in refused(capsys, *common, tiny_sd1_lora)
     sdxl = tmp_path / "sdxl.safetensors"
     save_file({"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": torch.ones(1)}, sdxl)
     assert "is an SDXL checkpoint" in refused(capsys, *common, sdxl)

@@ -10,6 +10,7 @@ from typing import Any
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
 from library.errors import UserError, attempt, counted, raise_all
 from library.generation.controls import ControlUse, control_uses
+from library.generation.grid_axes import KINDS, Axis, read_axes
 from library.generation.options import (
     AdapterOptions,
     ControlOptions,
@@ -103,8 +104,8 @@ _PICTURES = OptionGroup(
         Option(
             name="seed",
             type=int,
-            help="the seed of the first picture, from which the others' follow; chance without it. Every file name ends "
-            "with the seed that draws its picture again",
+            help="the seed of the first picture, from which the others' follow; chance without it, 1 for a grid. Every file "
+            "name ends with the seed that draws its picture again",
         ),
         Option(name="iter_same_seed", type=FLAG, help="one seed for all prompts of an iteration"),
         Option(name="shuffle_prompts", type=FLAG, help="prompts in another order in each iteration"),
@@ -151,6 +152,30 @@ _CONTROL = OptionGroup(
         Option(name="gradual_latent_ratio", type=float, default=0.5, help="share of the size that they begin with"),
         Option(name="gradual_latent_ratio_step", type=float, default=0.125, help="what is added to it each time"),
         Option(name="gradual_latent_every_n_steps", type=int, default=3, help="steps from one growth to the next"),
+    ),
+)
+_COMPARING = OptionGroup(
+    "Grids, comparisons and pictures again",
+    (
+        Option(
+            name="grid",
+            many=True,
+            help="one sheet of pictures: x=WHAT:VALUES y=WHAT:VALUES, as in x=strength:0-1:0.25 "
+            f"y=lora:out/mine-*.safetensors; WHAT is {', '.join(KINDS)}",
+            extension=True,
+        ),
+        Option(
+            name="compare_base",
+            type=FLAG,
+            help="write each picture beside the same without adapters, as NAME_compared.png",
+            extension=True,
+        ),
+        Option(
+            name="from_png",
+            many=True,
+            help="make pictures again from what these PNGs say of themselves; options that are given come before that",
+            extension=True,
+        ),
     ),
 )
 _OUTPUT = OptionGroup(
@@ -261,7 +286,7 @@ _LATER = OptionGroup(
     ),
 )
 
-GENERATION_OPTIONS = (_MODEL, _PICTURES, _BEGINNINGS, _NETWORKS, _CONTROL, _OUTPUT, _PRECISION, _LATER)
+GENERATION_OPTIONS = (_MODEL, _PICTURES, _BEGINNINGS, _NETWORKS, _CONTROL, _COMPARING, _OUTPUT, _PRECISION, _LATER)
 
 
 def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
@@ -278,10 +303,11 @@ def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
     problems = _missing(parsed) + _out_of_range(parsed) + _contradictions(parsed)
     adapters = _adapters(parsed, problems)
     uses = attempt(lambda: _control_uses(parsed), problems)
+    axes = attempt(lambda: read_axes(parsed["grid"]), problems) if parsed.given("grid") else ()
     raise_all(problems)
     return GenerationOptions(
         model=_model(parsed),
-        pictures=_pictures(parsed),
+        pictures=_pictures(parsed, axes or ()),
         output=OutputOptions(
             folder=Path(parsed["outdir"]),
             sequential_names=parsed["sequential_file_name"],
@@ -311,7 +337,7 @@ def _control_uses(parsed: ParsedOptions) -> tuple[ControlUse, ...]:
 
 def _model(parsed: ParsedOptions) -> ModelOptions:
     return ModelOptions(
-        path=parsed["ckpt"],
+        path=parsed["ckpt"] or "",
         vae=parsed["vae"],
         v2=parsed["v2"] or None,
         v_parameterization=parsed["v_parameterization"] or None,
@@ -356,16 +382,21 @@ _SETTINGS: dict[str, str] = {
 }
 
 
-def _pictures(parsed: ParsedOptions) -> PictureOptions:
+def _pictures(parsed: ParsedOptions, axes: tuple[Axis, ...]) -> PictureOptions:
     def path(name: str) -> Path | None:
         return None if parsed[name] is None else Path(parsed[name])
 
+    settings = {field: parsed[name] for name, field in _SETTINGS.items() if parsed[name] is not None}
+    given = frozenset(field for name, field in _SETTINGS.items() if parsed.given(name))
+    if parsed["network_mul"] and _varies_networks(parsed):
+        settings, given = {**settings, "network_strengths": parsed["network_mul"]}, given | {"network_strengths"}
     return PictureOptions(
         prompt=parsed["prompt"],
         prompt_file=path("from_file"),
+        recipes=tuple(map(Path, parsed["from_png"] or ())),
         interactive=parsed["interactive"],
-        settings={field: parsed[name] for name, field in _SETTINGS.items() if parsed[name] is not None},
-        given=frozenset(field for name, field in _SETTINGS.items() if parsed.given(name)),
+        settings=settings,
+        given=given,
         seed=parsed["seed"],
         images=path("image_path"),
         masks=path("mask_path"),
@@ -375,20 +406,27 @@ def _pictures(parsed: ParsedOptions) -> PictureOptions:
         same_seed=parsed["iter_same_seed"],
         shuffled=parsed["shuffle_prompts"],
         wildcards=path("wildcards_dir"),
+        compare_base=parsed["compare_base"],
+        axes=axes,
     )
+
+
+def _varies_networks(parsed: ParsedOptions) -> bool:
+    """Whether --network_mul is for the adapters that recipes name."""
+    return bool(parsed["from_png"]) and not parsed["network_weights"]
 
 
 def _precision(parsed: ParsedOptions) -> Precision:
     return "fp16" if parsed["fp16"] else "bf16" if parsed["bf16"] else "fp32"
 
 
-_SOURCES = ("prompt", "from_file", "interactive")
+_SOURCES = ("prompt", "from_file", "interactive", "from_png")
 """Where prompts come from: one of them, or none where --image_path brings them."""
 
 
 def _missing(parsed: ParsedOptions) -> list[UserError]:
     problems = []
-    if not parsed["ckpt"]:
+    if not parsed["ckpt"] and not parsed["from_png"]:
         problems.append(UserError("is missing", where="--ckpt", remedy="give a checkpoint file or a diffusers folder"))
     if not any(parsed.given(name) for name in (*_SOURCES, "image_path")):
         problems.append(UserError("no prompt is given", remedy="give --prompt TEXT or --from_file FILE"))
@@ -431,7 +469,8 @@ def _out_of_range(parsed: ParsedOptions) -> list[UserError]:
 
 def _contradictions(parsed: ParsedOptions) -> list[UserError]:
     sources = [f"--{name}" for name in _SOURCES if parsed.given(name)]
-    without_networks = [name for name in _NETWORK_SETTINGS if parsed[name] and not parsed["network_weights"]]
+    of_networks = [name for name in _NETWORK_SETTINGS if name != "network_mul" or not _varies_networks(parsed)]
+    without_networks = [name for name in of_networks if parsed[name] and not parsed["network_weights"]]
     rules: tuple[tuple[object, str, str, str], ...] = (
         (parsed["fp16"] and parsed["bf16"], "--fp16 --bf16", "are two precisions", "give one of them"),
         (len(sources) > 1, " and ".join(sources), "both give prompts", "give one of them"),
@@ -448,7 +487,10 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
             "give one of them",
         ),
         (
-            parsed["strength"] is not None and not parsed["image_path"] and parsed["highres_fix_scale"] is None,
+            parsed["strength"] is not None
+            and not parsed["image_path"]
+            and not parsed["from_png"]
+            and parsed["highres_fix_scale"] is None,
             "--strength",
             "there is no picture to begin from",
             "give one with --image_path, or --highres_fix_scale",
@@ -460,7 +502,7 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
             "give one with --image_path",
         ),
         (
-            parsed["highres_fix_scale"] is None and any(parsed[name] for name in _HIGHRES),
+            parsed["highres_fix_scale"] is None and not parsed["from_png"] and any(parsed[name] for name in _HIGHRES),
             " ".join(f"--{name}" for name in _HIGHRES if parsed[name]),
             "there is no first stage",
             "give --highres_fix_scale",
@@ -471,6 +513,26 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
             "typed prompts are drawn once",
             "use --images_per_prompt",
         ),
+        (
+            parsed["grid"] and parsed["compare_base"],
+            "--grid --compare_base",
+            "a grid can show the base itself",
+            "give the axis strength:0,1, or begin lora: with none, and leave out --compare_base",
+        ),
+        (
+            parsed["grid"] and any(parsed[name] for name in _NAMING),
+            " ".join(f"--{name}" for name in _NAMING if parsed[name]),
+            "the pictures of a grid are named after its axes",
+            "leave it out",
+        ),
+        (
+            parsed["compare_base"] and parsed["highres_fix_save_1st"],
+            "--compare_base --highres_fix_save_1st",
+            "first stages of the base would be saved too",
+            "leave one of them out",
+        ),
+        (parsed["grid"] and parsed["interactive"], "--grid", "goes with no typed prompt", "leave it out"),
+        (parsed["from_png"] == (), "--from_png", "names no picture", "give a PNG"),
         (parsed["mask_path"] and parsed["interactive"], "--mask_path", "goes with no typed prompt", "leave it out"),
         (parsed["image_path"] and parsed["interactive"], "--image_path", "goes with no typed prompt", "leave it out"),
     )
@@ -492,6 +554,7 @@ _PARTS_OF: dict[str, tuple[str, ...]] = {
 
 
 _NETWORK_SETTINGS = ("network_module", "network_mul", "network_args", "network_merge", "network_merge_n_models")
+_NAMING = ("sequential_file_name", "use_original_file_name")
 _HIGHRES = ("highres_fix_strength", "highres_fix_save_1st", "highres_fix_latents_upscaling")
 
 

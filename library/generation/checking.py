@@ -124,7 +124,7 @@ class PromptAdapters:
             UserError: there is none, or it is of no use here.
         """
         if tag.name not in self._found:
-            file = self.shelf.find(tag.name, where=tag.text)
+            file = self._options.known.get(tag.name) or self.shelf.find(tag.name, where=tag.text)
             check_adapter(file, self._family, f"{tag.text} ({file})")
             self._found[tag.name] = file
         return self._found[tag.name]

@@ -14,6 +14,7 @@ from library.generation.options import ControlOptions, PictureOptions
 from library.generation.planning import with_pictures
 from library.generation.png_info import read_picture
 from library.generation.prompt_options import PromptLine, numbered_lines, parse_prompt_line
+from library.generation.recipes import recipe_lines
 from library.generation.requests import MIN_SIZE, floored_size
 from library.prompts.lora_tags import without_tags
 from library.text_files import read_text
@@ -42,6 +43,8 @@ def prompt_lines(options: PictureOptions, control: ControlOptions, left_out: lis
 
 
 def _texts(options: PictureOptions, images: Sequence[str], left_out: list[UserError]) -> list[PromptLine]:
+    if options.recipes:
+        return recipe_lines(options)
     if options.prompt is not None:
         return [parse_prompt_line(options.prompt, where="--prompt")]
     if options.prompt_file is None:
@@ -91,7 +94,7 @@ def _with_masks(lines: list[PromptLine], masks: Sequence[str], options: PictureO
 
 def _with_hints(lines: list[PromptLine], control: ControlOptions) -> list[PromptLine]:
     """Each line with its hint images, one for each ControlNet; of a folder all its pictures count, by name."""
-    if not control.uses:
+    if not control.hints:
         return lines
     files = [file for path in control.hints for file in picture_files_of(path, f"--guide_image_path {path}")]
     problems: list[UserError] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.generation.controls import ControlUse
+from library.generation.grid_axes import Axis
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -58,6 +59,7 @@ class AdapterOptions:
         merged: how many of them, from the first, are merged into the model for good.
         merge_for_batches: have adapters in the weights for the time of a batch, where their strengths stay the same.
         folder: where names in tags are looked up; None for nowhere.
+        known: files of names in tags, before the folder, as recipes say them.
         tag_style: see `ImageRequest.lora_tag_style`.
         trigger_words: how many of an adapter's trigger words prompts get that have them not; -1 for the trained ones.
         show_metadata: print what the command line's files say of themselves.
@@ -67,6 +69,7 @@ class AdapterOptions:
     merged: int = 0
     merge_for_batches: bool = False
     folder: Path | None = None
+    known: Mapping[str, Path] = field(default_factory=dict)
     tag_style: str = "sdnext"
     trigger_words: int = 0
     show_metadata: bool = False
@@ -118,7 +121,7 @@ class PictureOptions:
     shuffled: bool = False
     wildcards: Path | None = None
     compare_base: bool = False
-    axes: tuple[str, ...] = ()
+    axes: tuple[Axis, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,15 +65,20 @@ def free_path(path: Path) -> Path:
 
 
 class DrawingProgress:
-    """A bar over all sampler steps on a terminal, one line per picture elsewhere."""
+    """A bar over all sampler steps on a terminal, one line per picture elsewhere.
 
-    def __init__(self, requests: Sequence[ImageRequest]) -> None:
-        self._count, self._done = len(requests), 0
+    Args:
+        requests: that are drawn.
+        count: how many of them are saved; all without it.
+    """
+
+    def __init__(self, requests: Sequence[ImageRequest], count: int | None = None) -> None:
+        self._count, self._done = len(requests) if count is None else count, 0
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=sum(map(_steps_of, requests)), unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=sum(map(steps_of, requests)), unit="step", dynamic_ncols=True)
 
     def before_step(self, step: Step) -> None:
         """Samplers that call the denoiser twice a step count half a step each time."""
@@ -99,5 +104,6 @@ class DrawingProgress:
             self._bar.close()
 
 
-def _steps_of(request: ImageRequest) -> int:
+def steps_of(request: ImageRequest) -> int:
+    """Steps of the sampler in all its stages."""
     return request.steps + (request.highres_steps if request.highres_scale is not None else 0)

@@ -85,9 +85,7 @@ def planned_pictures(
         if plan.shuffled:
             python_stream(plan.seed, "order of prompts", iteration).shuffle(order)
         for line in order:
-            prompts = (
-                attempt(partial(enumerate_choices, line.prompt, where=line.where, wildcards=plan.wildcards), problems) or ()
-            )
+            prompts = attempt(partial(_enumerated, line, plan), problems) or ()
             for place in range(plan.images_per_prompt):
                 seed = image_seed(plan.seed, iteration if plan.same_seed else number)
                 if line.seeds:
@@ -100,17 +98,24 @@ def planned_pictures(
     return pictures
 
 
+def _enumerated(line: PromptLine, plan: Plan) -> tuple[str, ...]:
+    if line.literal:
+        return (line.prompt,)
+    return enumerate_choices(line.prompt, where=line.where, wildcards=plan.wildcards)
+
+
 def _planned(line: PromptLine, raw_prompt: str, defaults: Settings, seed: int, plan: Plan) -> PlannedPicture:
-    prompt = expand_choices(line.prompt, seed=seed, wildcards=plan.wildcards, where=line.where)
+    def chosen(text: str, seed: int, where: str) -> str:
+        return text if line.literal else expand_choices(text, seed=seed, wildcards=plan.wildcards, where=where)
+
+    prompt = chosen(line.prompt, seed, line.where)
     negative = line.settings.get("negative_prompt", defaults.get("negative_prompt")) or ""
     settings = {
         **line.settings,
-        "negative_prompt": expand_choices(
-            negative, seed=stream_seed(seed, "negative prompt"), wildcards=plan.wildcards, where=f"{line.where}, --n"
-        ),
+        "negative_prompt": chosen(negative, stream_seed(seed, "negative prompt"), f"{line.where}, --n"),
     }
-    chosen = replace(line, prompt=plan.complete(prompt, line.where), settings=settings)
-    return PlannedPicture(request=_request(chosen, defaults, seed), raw_prompt=raw_prompt, file_name=line.file_name)
+    line = replace(line, prompt=plan.complete(prompt, line.where), settings=settings)
+    return PlannedPicture(request=_request(line, defaults, seed), raw_prompt=raw_prompt, file_name=line.file_name)
 
 
 def preview_requests(lines: Sequence[PromptLine], defaults: Settings, *, seed: int) -> list[ImageRequest]:

@@ -40,12 +40,12 @@ def png_texts(request: ImageRequest, made_with: Mapping[str, Any]) -> dict[str, 
     }
     if request.negative_scale is not None:
         separate["negative-scale"] = str(request.negative_scale)
-    recipe = {"image": _recipe_fields(request), "made_with": dict(made_with)}
-    return {
-        "parameters": web_parameters(request, made_with),
-        **separate,
-        RECIPE: json.dumps(recipe, ensure_ascii=False),
-    }
+    return {"parameters": web_parameters(request, made_with), **separate, RECIPE: recipe_text(request, made_with)}
+
+
+def recipe_text(request: ImageRequest, made_with: Mapping[str, Any]) -> str:
+    """The recipe as it stands in a PNG: equal for pictures that are drawn alike."""
+    return json.dumps({"image": _recipe_fields(request), "made_with": dict(made_with)}, ensure_ascii=False)
 
 
 _ALWAYS = ("prompt", "negative_prompt", "width", "height", "seed", "steps", "scale", "sampler", "clip_skip")
@@ -83,6 +83,14 @@ def read_recipe(path: Path) -> tuple[ImageRequest, dict[str, Any]]:
     if RECIPE not in texts:
         raise UserError("holds no recipe", where=str(path), remedy="give a PNG that gen_img_diffusers.py has written")
     return _own_recipe(texts[RECIPE], path)
+
+
+def own_recipe_of(path: Path) -> str | None:
+    """The recipe of a PNG as it stands there; None where there is none, or no readable picture."""
+    try:
+        return _texts_of(path)[0].get(RECIPE)
+    except UserError:
+        return None
 
 
 def read_picture(path: Path) -> FoundRecipe:

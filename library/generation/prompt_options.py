@@ -29,6 +29,7 @@ class PromptLine:
         seeds: one per picture of this prompt, the last of them for all further pictures; empty leaves it to the command.
         file_name: of its pictures; None leaves it to the command.
         where: how a sentence names the line ("--from_file cats.txt, line 3").
+        literal: braces and underscores in the prompts are text, since choices are made already.
     """
 
     prompt: str
@@ -36,6 +37,7 @@ class PromptLine:
     seeds: tuple[int, ...] = ()
     file_name: str | None = None
     where: str = "prompt"
+    literal: bool = False
 
 
 @dataclass(frozen=True)

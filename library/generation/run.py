@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, attempt, counted, raise_all
 from library.generation.checking import PromptAdapters, checked_model
+from library.generation.comparing import Comparisons, check_comparisons
 from library.generation.lines import prompt_lines
-from library.generation.options import AdapterOptions, GenerationOptions
+from library.generation.made_with import RecipeWriter
+from library.generation.options import AdapterOptions, GenerationOptions, PictureOptions
 from library.generation.output import DrawingProgress, Namer, namer
 from library.generation.planning import (
     SEEDS,
@@ -27,6 +29,7 @@ from library.generation.planning import (
 )
 from library.generation.png_info import write_png
 from library.generation.prompt_options import PromptLine, parse_prompt_line
+from library.generation.recipes import with_recipes
 from library.prompts.choices import Wildcards
 from library.quiet import quiet_libraries
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from library.generation.pipeline import Pipeline
     from library.generation.requests import ImageRequest
 
+GRID_SEED = 1
 LINES_LEFT_OUT = 2
 """Exit status where lines of a prompt file could not be drawn, and the others were."""
 
@@ -70,26 +74,52 @@ def run_generation(options: GenerationOptions) -> int:
     quiet_libraries()
     started = time.perf_counter()
     left_out: list[UserError] = []
+    options, notes = with_recipes(options) if options.pictures.recipes else (options, [])
     run = check_run(options, left_out)
     pictures = planned_pictures(run.lines, run.defaults, run.plan, left_out)
     if not pictures and not options.pictures.interactive:
         raise_all(_each_once(left_out))
-    for note in run.notes:
+    if options.pictures.compare_base:
+        check_comparisons(pictures, options)
+    for note in [*notes, *run.notes]:
         print(note)
     for problem in _each_once(left_out):
         print(f"gen_img_diffusers: {problem}", file=sys.stderr)
-    from library.generation.loading import load_pipeline
-
-    pipeline = load_pipeline(options, run.base_model, run.adapters.find)
-    if options.adapters.show_metadata:
-        print(*_metadata_lines(options.adapters), sep="\n")
-    drawing = Drawing(run, pipeline)
-    count = 0
-    for batch in typed_pictures(run) if options.pictures.interactive else [pictures]:
-        count += drawing.draw(batch)
+    count = draw_grids(run, pictures) if options.pictures.axes else _draw_single(run, pictures)
     seconds = time.perf_counter() - started
     print(f"{counted(count, 'picture')} in {options.output.folder} ({seconds:.1f} s)")
     return LINES_LEFT_OUT if left_out else 0
+
+
+def _draw_single(run: CheckedRun, pictures: Sequence[PlannedPicture]) -> int:
+    drawing = Drawing(run, _loaded(run))
+    return sum(map(drawing.draw, typed_pictures(run) if run.options.pictures.interactive else [pictures]))
+
+
+def draw_grids(run: CheckedRun, pictures: Sequence[PlannedPicture]) -> int:
+    """Draw what is missing of a grid for each picture, then the sheets; returns how many pictures were drawn."""
+    from library.generation.grid_folder import GridFolder
+    from library.generation.grids import plan_grids
+
+    options = run.options
+    grids = plan_grids(pictures, options.pictures.axes, options.adapters, run.adapters, run.base_model)
+    folder = GridFolder(options.output.folder, grids, RecipeWriter(options, run.base_model, run.adapters))
+    print(folder.plan_text(), flush=True)
+    folder.begin()
+    if folder.missing:
+        Drawing(run, _loaded(run), name=folder.name, saved=folder.saved).draw(folder.missing)
+    for path in folder.write_sheets():
+        print(path)
+    return len(folder.missing)
+
+
+def _loaded(run: CheckedRun) -> Pipeline:
+    from library.generation.loading import load_pipeline
+
+    pipeline = load_pipeline(run.options, run.base_model, run.adapters.find)
+    if run.options.adapters.show_metadata:
+        print(*_metadata_lines(run.options.adapters), sep="\n")
+    return pipeline
 
 
 def _metadata_lines(options: AdapterOptions) -> Iterator[str]:
@@ -140,7 +170,7 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
     defaults = {"width": side, "height": side, "lora_tag_style": options.adapters.tag_style, **pictures.settings}
     repeats = repetition_notes(lines, images_per_prompt=pictures.images_per_prompt, iterations=pictures.iterations)
     plan = Plan(
-        seed=random.SystemRandom().randrange(SEEDS) if pictures.seed is None else pictures.seed,
+        seed=_seed(pictures),
         images_per_prompt=pictures.images_per_prompt,
         iterations=pictures.iterations,
         same_seed=pictures.same_seed,
@@ -157,6 +187,13 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
         plan=plan,
         notes=[*base_model.notes(), *rounding_notes(lines, defaults), *repeats],
     )
+
+
+def _seed(options: PictureOptions) -> int:
+    """The seed of a command: chance where it names none, but for a grid, which is to be found again by the same command."""
+    if options.seed is not None:
+        return options.seed
+    return GRID_SEED if options.axes else random.SystemRandom().randrange(SEEDS)
 
 
 def typed_pictures(run: CheckedRun) -> Iterator[list[PlannedPicture]]:
@@ -181,12 +218,29 @@ def typed_pictures(run: CheckedRun) -> Iterator[list[PlannedPicture]]:
         yield pictures
 
 
-class Drawing:
-    """Draws pictures and saves each as soon as it is there."""
+def _nothing(*_: Any) -> None:
+    return None
 
-    def __init__(self, run: CheckedRun, pipeline: Pipeline) -> None:
-        self._run, self._pipeline = run, pipeline
-        self._name: Namer = namer(run.options.output)
+
+class Drawing:
+    """Draws pictures and saves each as soon as it is there.
+
+    Args:
+        name: of each picture's file; without it as the options want it.
+        saved: is told each picture and its path.
+    """
+
+    def __init__(
+        self,
+        run: CheckedRun,
+        pipeline: Pipeline,
+        *,
+        name: Namer | None = None,
+        saved: Callable[[PlannedPicture, Path], None] = _nothing,
+    ) -> None:
+        self._run, self._pipeline, self._saved = run, pipeline, saved
+        self._name: Namer = name or namer(run.options.output)
+        self._recipes = RecipeWriter(run.options, run.base_model, run.adapters)
         self._number = 0
         self._learned: set[Path] = set()
 
@@ -195,17 +249,25 @@ class Drawing:
         from library.generation.pipeline import Hooks
 
         self._learn(self._run.adapters.files())
-        requests = [picture.request for picture in pictures]
-        progress = DrawingProgress(requests)
+        options = self._run.options
+        comparisons = Comparisons(pictures if options.pictures.compare_base else [], options.adapters)
+        requests = [*(picture.request for picture in pictures), *comparisons.bases]
+        progress = DrawingProgress(requests, len(pictures))
         hooks = Hooks(before_step=progress.before_step)
-        if self._run.options.output.save_first_stage:
+        if options.output.save_first_stage:
             hooks = Hooks(before_step=progress.before_step, first_stage=self._save_first_stage)
         try:
-            drawn = self._pipeline.stream(requests, batch_size=self._run.options.pictures.batch_size, hooks=hooks)
+            drawn = self._pipeline.stream(requests, batch_size=options.pictures.batch_size, hooks=hooks)
             for number, image in drawn:
-                path = self._name(self._number + number, pictures[number], "")
-                write_png(path, image, requests[number], self._made_with(pictures[number]))
+                if number >= len(pictures):
+                    comparisons.base_drawn(number - len(pictures), image)
+                    continue
+                picture = pictures[number]
+                path = self._name(self._number + number, picture, "")
+                write_png(path, image, picture.request, self._recipes.made_with(picture))
                 progress.drawn(path)
+                self._saved(picture, path)
+                comparisons.picture_saved(number, path)
         finally:
             progress.close()
         self._number += len(pictures)
@@ -221,25 +283,4 @@ class Drawing:
 
     def _save_first_stage(self, request: ImageRequest, image: Image) -> None:
         picture = PlannedPicture(request=request, raw_prompt=request.prompt)
-        write_png(self._name(self._number, picture, "0"), image, request, self._made_with(picture))
-
-    def _made_with(self, picture: PlannedPicture) -> Mapping[str, Any]:
-        """What a picture's recipe says beside its request."""
-        options, base_model = self._run.options, self._run.base_model
-        return {
-            "model": base_model.name,
-            "model_file": str(Path(options.model.path).absolute()),
-            "vae": options.model.vae,
-            "networks": [
-                {
-                    "name": use.file.stem,
-                    "strength": use.strength,
-                    "file": str(use.file.absolute()),
-                    "module": use.module,
-                    "args": dict(use.args),
-                }
-                for use in options.adapters.networks
-            ],
-            "precision": options.model.precision,
-            "raw_prompt": picture.raw_prompt,
-        }
+        write_png(self._name(self._number, picture, "0"), image, request, self._recipes.made_with(picture))

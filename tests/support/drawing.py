@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -20,6 +21,12 @@ def draw(*arguments: object) -> list[Path]:
     arguments = tuple(map(str, arguments))
     assert gen_img_diffusers.main([*arguments, *(() if "--W" in arguments else SMALL)]) == 0
     return pictures_in(Path(arguments[arguments.index("--outdir") + 1]))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the script says when it refuses a command line."""
+    assert gen_img_diffusers.main(list(map(str, arguments))) == 2
+    return capsys.readouterr().err
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,21 @@ def tiny_sd1_file(tiny_sd1_folder: Path) -> Path:
 def tiny_sd2_file(tiny_sd2_folder: Path) -> Path:
     """The tiny SD2 model as one file in the original layout; nothing in it says what it predicts."""
     return _as_single_file(tiny_sd2_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_lora(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_folder: Path) -> Path:
+    """A LoRA for the tiny SD1 model, whose every tensor acts."""
+    from tests.support.drawing import write_lora
+
+    return write_lora(tmp_path_factory.mktemp("lora") / "mine.safetensors", tiny_sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def _tokenizers_are_read_once() -> Iterator[None]:
+    """Reading CLIP's vocabulary takes longer than drawing; the runs in processes of their own read it all the same."""
+    from library.checkpoints import base_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "load_tokenizer", cache(base_model.load_tokenizer))
+        yield
