@@ -110,7 +110,10 @@ class ImageRequest:
             if not least <= value <= most:
                 remedy = f"give {least} or more" if most == math.inf else f"give {least} to {most}"
                 problems.append(UserError(f"{what} is out of range", remedy=remedy))
-        attempt(lambda: find_sampler(self.sampler), problems)
+        sampler = attempt(lambda: find_sampler(self.sampler), problems)
+        if sampler is not None and sampler.most_steps is not None and self.steps > sampler.most_steps:
+            what = f"{self.steps} steps of {self.sampler} is out of range"
+            problems.append(UserError(what, remedy=f"give 1 to {sampler.most_steps}"))
         attempt(lambda: self.deep_shrink, problems)
         attempt(lambda: self.gradual_latent, problems)
         raise_all(problems + self._exclusions())
