@@ -17,7 +17,7 @@ _ROOM = (560, 400)  # pixels of a panel's room for curves or bars
 _MARGIN = (80, 40)  # left of it, where numbers stand; and above it, for the title
 _FOOT = 110  # below it, for names of places and the legend
 _BAR = 6  # the least width of a bar
-_DECADES = 6  # of singular values that are shown below the largest
+_DECADES = 6  # the most of singular values that are shown below the largest
 _COLOURS = ("#2a6fb0", "#c8602a", "#3a8a4a", "#8a4a9a", "#777777", "#b0a020")
 _INK, _GRID = "#222222", "#dddddd"
 
@@ -48,20 +48,26 @@ class Curves:
 
     def draw(self, draw: ImageDraw, box: Box) -> None:
         """Draw into a box of the picture."""
-        longest = max((len(curve) for curves in self.groups.values() for curve in curves), default=1)
-        for decade in range(_DECADES + 1):
-            _draw_level(draw, box, decade / _DECADES, f"1e-{decade}" if decade else "1")
+        whole = [curve for curves in self.groups.values() for curve in curves]
+        longest = max(map(len, whole), default=1)
+        decades = max(
+            [1, *(min(_DECADES, math.ceil(_depth(value, curve))) for curve in whole for value in curve if value > 0)]
+        )
+        for decade in range(decades + 1):
+            _draw_level(draw, box, decade / decades, f"1e-{decade}" if decade else "1")
         for place in sorted({1, (longest + 1) // 2, longest}):
             across = _point(box, (place - 1) / max(1, longest - 1), 1.0)
             draw.text((across[0], across[1] + 6), str(place), fill=_INK, anchor="mt")
-        for colour, curves in zip(_colours(self.groups), self.groups.values(), strict=True):
+        draw.text(_point(box, 0.5, 1.0, down_by=24), "place of the value", fill=_INK, anchor="mt")
+        groups = zip(_colours(self.groups), self.groups.values(), strict=True)
+        for colour, curves in sorted(groups, key=lambda group: -len(group[1])):  # few curves above many
             for curve in curves:
-                _draw_curve(draw, box, curve, longest, colour)
+                _draw_curve(draw, box, curve, (longest, decades), colour)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """Bars from 0 up, one at each place for each series, on a linear scale that ends at the highest.
+    """Bars from 0 up, one at each place for each series, on a linear scale.
 
     Attributes:
         title: of the panel.
@@ -89,9 +95,9 @@ class Bars:
     def draw(self, draw: ImageDraw, box: Box) -> None:
         """Draw into a box of the picture."""
         highest = max((value for values in self.series.values() for value in values.values()), default=0.0)
-        scale = highest if 0 < highest < math.inf else 1.0
+        scale = _round_number_from(highest) if 0 < highest < math.inf else 1.0
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            _draw_level(draw, box, 1 - share, f"{share * scale:.2g}")
+            _draw_level(draw, box, 1 - share, f"{share * scale:.3g}")
         slot = (box[2] - box[0]) / max(1, len(self.places))
         for number, place in enumerate(self.places):
             left = box[0] + number * slot
@@ -158,11 +164,23 @@ def _draw_legend(draw: ImageDraw, panel: Panel, box: Box) -> None:
             left += _text_size(name)[0] + 32
 
 
-def _draw_curve(draw: ImageDraw, box: Box, curve: Sequence[float], longest: int, colour: str) -> None:
+def _depth(value: float, curve: Sequence[float]) -> float:
+    """How many decades a value above 0 is below the first of its curve."""
+    return math.log10(curve[0]) - math.log10(value)
+
+
+def _round_number_from(value: float) -> float:
+    """The lowest number at or above a positive one whose quarters are short to write."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return next(step * unit for step in (1, 2, 4, 6, 8, 10, 20) if step * unit >= value)
+
+
+def _draw_curve(draw: ImageDraw, box: Box, curve: Sequence[float], sizes: tuple[int, int], colour: str) -> None:
     if not curve or not curve[0] > 0:
         return
+    longest, decades = sizes
     points = [
-        _point(box, place / max(1, longest - 1), min(1.0, -math.log10(value / curve[0]) / _DECADES))
+        _point(box, place / max(1, longest - 1), min(1.0, _depth(value, curve) / decades))
         for place, value in enumerate(curve)
         if value > 0
     ]
@@ -198,6 +216,6 @@ def _text_size(text: str) -> tuple[int, int]:
     return math.ceil(right) + 1, math.ceil(bottom) + 2
 
 
-def _point(box: Box, along: float, down: float) -> tuple[int, int]:
-    """Pixels of a place given as shares of a panel."""
-    return round(box[0] + along * (box[2] - box[0])), round(box[1] + down * (box[3] - box[1]))
+def _point(box: Box, along: float, down: float, *, down_by: int = 0) -> tuple[int, int]:
+    """Pixels of a place given as shares of a panel, and of one some pixels below it."""
+    return round(box[0] + along * (box[2] - box[0])), round(box[1] + down * (box[3] - box[1])) + down_by
