@@ -19,7 +19,6 @@ from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, raise_all, some_names
 from library.families.family import EPSILON
 from library.parallel import one_thread, over_cores
-from networks.core.products import svd_of_product
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import default_lines
 from networks.formats.files import save_tensors
@@ -34,6 +33,7 @@ from networks.tools.layer_errors import (
     approximation_panels,
     layers_content,
     relative_error,
+    spectrum,
     table_of_parts,
 )
 from networks.tools.merge_sources import MergeInput, Source, known_layers, open_sources
@@ -109,12 +109,11 @@ class Merged:
 
     def spectrum(self) -> list[float]:
         """The largest singular values of the change that was wanted."""
-        values = self.values
-        if values is None:
-            assert self.meant is not None
-            assert self.meant.product is not None
-            values = svd_of_product(*self.meant.product)[1]
-        return [float(value) for value in values[:SPECTRUM]]
+        if self.values is not None:
+            return [float(value) for value in self.values[:SPECTRUM]]
+        assert self.meant is not None
+        assert self.meant.product is not None
+        return spectrum(*self.meant.product)
 
 
 @dataclass

@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, UNET
 from library.families.block_weights import PLACES, place_of
 from library.families.family import ModelFamily
 from library.tables import table
+from networks.core.products import svd_of_product
 from networks.tools.plotting import Bars, Curves, Panel
 
 SPECTRUM = 64  # singular values of a layer that reports hold
@@ -71,6 +74,11 @@ def ranks_text(layers: Iterable[Kept]) -> str:
 def part_of(layer: str, family: ModelFamily) -> str:
     """ "U-Net" or "text encoder"."""
     return PART_TITLES[UNET if layer.startswith(family.denoiser_prefix) else TEXT_ENCODER]
+
+
+def spectrum(up: Tensor, down: Tensor) -> list[float]:
+    """The largest singular values of up (out, rank) @ down (rank, rest), for reports."""
+    return [float(value) for value in svd_of_product(up, down)[1][:SPECTRUM]]
 
 
 def layers_content(layers: Mapping[str, Kept], spectra: Mapping[str, Sequence[float]]) -> dict[str, dict[str, object]]:
