@@ -19,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.doors import run_door
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.cli.weight_tools import PRECISIONS, missing_problems, place_problems, rank_problems, suffix_problems
+from library.cli.weight_tools import (
+    PRECISIONS,
+    REPORT_OPTIONS,
+    missing_problems,
+    place_problems,
+    rank_problems,
+    report_places,
+    suffix_problems,
+    tell,
+)
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
@@ -39,6 +48,7 @@ OPTIONS = (
                 "change depends on that model (DoRA, GLoRA, OFT, BOFT, (IA)3) and another algorithm is to hold it",
             ),
             Option(name="save_precision", choices=tuple(PRECISIONS), help="of the numbers; as in the file if not given"),
+            *REPORT_OPTIONS,
         ),
     ),
     OptionGroup(
@@ -119,9 +129,10 @@ def conversion_of(given: ParsedOptions) -> FileConversion:
 def work(argv: Sequence[str]) -> int:
     given = parse(argv, OPTIONS, description=__doc__ or "")
     conversion = conversion_of(given)
+    from library.training.progress import CountBar
     from networks.tools.file_conversion import convert_file
 
-    print(*convert_file(conversion), sep="\n")
+    tell(convert_file(conversion, progress=CountBar("layers")), report_places(given))
     return 0
 
 

@@ -19,22 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.doors import run_door
 from library.cli.extract_lora_options import parse_extraction
+from library.cli.weight_tools import tell
 
 
 def work(argv: Sequence[str]) -> int:
-    command = parse_extraction(argv, description=__doc__ or "")
+    extraction, places = parse_extraction(argv, description=__doc__ or "")
     from library.training.progress import CountBar
     from networks.tools.extraction import extract
-    from networks.tools.extraction_report import content, lines, plot
-    from networks.tools.reports import write_report
+    from networks.tools.extraction_report import report_of
 
-    found = extract(command.extraction, progress=CountBar("tensors"))
-    for note in dict.fromkeys(note for model in found.models for note in model.notes()):
-        print(note)
-    write_report(command.report, content(found))
-    if command.plot is not None:
-        plot(found, command.plot)
-    print(*lines(found), sep="\n")
+    tell(report_of(extract(extraction, progress=CountBar("tensors"))), places)
     return 0
 
 

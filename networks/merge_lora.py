@@ -18,21 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.adapter_merge_options import parse_merge_lora
 from library.cli.doors import run_door
+from library.cli.weight_tools import tell
 
 
 def work(argv: Sequence[str]) -> int:
-    options, report = parse_merge_lora(argv, description=__doc__ or "")
+    options, places = parse_merge_lora(argv, description=__doc__ or "")
     from library.training.progress import CountBar
     from networks.tools.adapter_merging import AdapterMerge, merge_adapters
     from networks.tools.checkpoint_merging import merge_into_checkpoint
-    from networks.tools.reports import write_report
 
     if isinstance(options, AdapterMerge):
-        lines, content = merge_adapters(options, progress=CountBar("layers"))
+        tell(merge_adapters(options, progress=CountBar("layers")), places)
     else:
-        lines, content = merge_into_checkpoint(options, progress=CountBar("tensors"))
-    write_report(report, content)
-    print(*lines, sep="\n")
+        tell(merge_into_checkpoint(options, progress=CountBar("tensors")), places)
     return 0
 
 

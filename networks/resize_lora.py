@@ -21,11 +21,14 @@ from library.cli.doors import run_door
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
 from library.cli.weight_tools import (
     PRECISIONS,
+    REPORT_OPTIONS,
     checked_device,
     missing_problems,
     place_problems,
     rank_problems,
+    report_places,
     suffix_problems,
+    tell,
 )
 from library.errors import UserError, attempt, raise_all
 
@@ -41,8 +44,7 @@ OPTIONS = (
             Option(name="model", type=Path, help="adapter file of any layout, of LoRA, LoHa or LoKr"),
             Option(name="save_to", type=Path, help="file to write; its suffix decides the format"),
             Option(name="save_precision", choices=tuple(PRECISIONS), help="of the numbers; float if not given"),
-            Option(name="report", type=Path, help="write all that was found to this JSON file", extension=True),
-            Option(name="plot", type=Path, help="draw singular values and errors into this PNG file", extension=True),
+            *REPORT_OPTIONS,
             Option(name="verbose", type=FLAG, help="a line for each layer: what of its singular values is retained"),
         ),
     ),
@@ -95,6 +97,7 @@ def resizing_of(given: ParsedOptions) -> Resizing:
         param=given["dynamic_param"] or 0.0,
         dtype=DTYPES[given["save_precision"] or "float"],
         device=device or "cpu",
+        verbose=given["verbose"],
     )
 
 
@@ -118,19 +121,9 @@ def work(argv: Sequence[str]) -> int:
     given = parse(argv, OPTIONS, description=__doc__ or "")
     options = resizing_of(given)
     from library.training.progress import CountBar
-    from networks.tools.plotting import spectra_and_errors
-    from networks.tools.reports import write_report
-    from networks.tools.resizing import resize_file, verbose_lines
+    from networks.tools.resizing import resize_file
 
-    report = resize_file(options, progress=CountBar("layers resized"))
-    if given["verbose"]:
-        print(*verbose_lines(report.layers), sep="\n")
-    write_report(given["report"], report.as_json())
-    if given["plot"] is not None:
-        spectra = {layer.name: layer.values.tolist() for layer in report.layers if layer.rank}
-        errors = {name: lost / had if had else 0.0 for name, (lost, had) in report.errors.items()}
-        spectra_and_errors(given["plot"], spectra, errors)
-    print(*report.lines, sep="\n")
+    tell(resize_file(options, progress=CountBar("layers resized")), report_places(given))
     return 0
 
 

@@ -19,17 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.adapter_merge_options import parse_svd_merge_lora
 from library.cli.doors import run_door
+from library.cli.weight_tools import tell
 
 
 def work(argv: Sequence[str]) -> int:
-    options, report = parse_svd_merge_lora(argv, description=__doc__ or "")
+    options, places = parse_svd_merge_lora(argv, description=__doc__ or "")
     from library.training.progress import CountBar
     from networks.tools.adapter_merging import merge_adapters
-    from networks.tools.reports import write_report
 
-    lines, content = merge_adapters(options, progress=CountBar("layers"))
-    write_report(report, content)
-    print(*lines, sep="\n")
+    tell(merge_adapters(options, progress=CountBar("layers")), places)
     return 0
 
 

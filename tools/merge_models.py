@@ -17,27 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.doors import run_door
 from library.cli.merge_models_options import parse_merge_options
-from library.errors import counted
+from library.cli.weight_tools import tell
 
 
 def work(argv: Sequence[str]) -> int:
-    options, show_skipped = parse_merge_options(argv, description=__doc__ or "")
+    command = parse_merge_options(argv, description=__doc__ or "")
     from library.checkpoints.atomic import check_writable
-    from library.checkpoints.model_merging import left_out, merge_models, open_models, report_lines
+    from library.checkpoints.model_merging import merge_models, open_models
     from library.training.progress import CountBar
+    from networks.tools.model_merging_report import report_of
 
+    options = command.merge
     check_writable(options.target)
     models = open_models(options)
-    for model in models:
-        for note in model.notes():
-            print(note)
-    change = merge_models(models, options, progress=CountBar("tensors"))
-    for path, keys in left_out(models).items():
-        named = ": " + ", ".join(keys) if show_skipped else " (--show_skipped names them)"
-        print(f"{path}: {counted(len(keys), 'tensor')} outside the parts left out{named}")
-    print("\n".join(report_lines(models, options, change)))
-    terms = " + ".join(f"{ratio:g} * {model.name}" for model, ratio in zip(models, options.ratios, strict=True))
-    print(f"{options.target}: {models[0].family.title}, {terms}; opened again and compared")
+    done = merge_models(models, options, progress=CountBar("tensors"))
+    tell(report_of(models, options, done, name_left_out=command.show_skipped), command.places)
     return 0
 
 

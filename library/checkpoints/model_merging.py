@@ -57,16 +57,16 @@ class TensorReport:
     """Of one tensor, sums of squares over its elements.
 
     Attributes:
-        first: of the first model's tensor.
-        change: of the sum less the first model's tensor.
         merged: of the sum.
         rounding: of the saved tensor less the sum as 32 bits give it.
+        models: of each model's tensor; of the first alone in a part that is not merged.
+        distances: of the saved tensor less that of each of them.
     """
 
-    first: float
-    change: float
     merged: float
     rounding: float
+    models: tuple[float, ...]
+    distances: tuple[float, ...]
 
 
 def open_models(options: MergeOptions) -> list[BaseModelFiles]:
@@ -139,29 +139,27 @@ class WeightedSum:
         others = [model.parts[kind].sources[name].read().flatten() for model in self._models[1:]] if merges else []
         ratios = self._options.ratios if merges else (1.0,)
         flat, saved = tensor.flatten(), torch.empty(tensor.numel(), dtype=self._saved)
-        squares = [0.0] * 4
+        squares = [0.0] * (2 + 2 * len(ratios))
         for start in range(0, len(flat), _CHUNK):
-            pieces = [self._moved(whole[start : start + _CHUNK]) for whole in (flat, *others)]
-            merged = pieces[0] * ratios[0]
-            for piece, ratio in zip(pieces[1:], ratios[1:], strict=True):
-                merged.add_(piece, alpha=ratio)
+            pieces = [self._moved(whole[start : start + _CHUNK], self._arithmetic) for whole in (flat, *others)]
+            merged = _sum(pieces, ratios)
             saved[start : start + _CHUNK] = merged
-            exact = merged if merged.dtype == torch.float32 else self._exact([flat, *others], ratios, start)
+            if merged.dtype != torch.float32:  # what another arithmetic loses is told too
+                pieces = [self._moved(whole[start : start + _CHUNK], torch.float32) for whole in (flat, *others)]
+            exact = merged if merged.dtype == torch.float32 else _sum(pieces, ratios)
             kept = saved[start : start + _CHUNK].to(exact.device, torch.float32)
-            measured = (pieces[0], exact - pieces[0], exact, kept - exact)
+            measured = (exact, kept - exact, *pieces, *(kept - piece for piece in pieces))
             squares = [total + _square(values) for total, values in zip(squares, measured, strict=True)]
         if not math.isfinite(sum(squares)) and not saved.isfinite().all():  # squares of large values may overflow
             raise self._not_finite(kind, name)
-        self.reports[kind, name] = TensorReport(*squares)
+        merged_size, rounding, *rest = squares
+        self.reports[kind, name] = TensorReport(
+            merged=merged_size, rounding=rounding, models=tuple(rest[: len(ratios)]), distances=tuple(rest[len(ratios) :])
+        )
         return saved.reshape(tensor.shape)
 
-    def _exact(self, tensors: Sequence[Tensor], ratios: Sequence[float], start: int) -> Tensor:
-        """The sum of a chunk in fp32, to tell what another arithmetic loses."""
-        pieces = [tensor[start : start + _CHUNK].to(self._options.device).float() for tensor in tensors]
-        return sum((piece * ratio for piece, ratio in zip(pieces[1:], ratios[1:], strict=True)), pieces[0] * ratios[0])
-
-    def _moved(self, piece: Tensor) -> Tensor:
-        return piece.to(self._options.device, self._arithmetic)
+    def _moved(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        return piece.to(self._options.device, dtype)
 
     def _not_finite(self, kind: str, name: str) -> UserError:
         where = f"{name} of the {PART_TITLES[kind]}"
@@ -172,6 +170,13 @@ class WeightedSum:
         types = f"--precision {self._options.precision} and --saving_precision {self._options.saving_precision}"
         remedy = "use bf16 or float, or smaller ratios"
         return UserError(f"the sum is larger than {types} hold", where=where, remedy=remedy)
+
+
+def _sum(pieces: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
+    total = pieces[0] * ratios[0]
+    for piece, ratio in zip(pieces[1:], ratios[1:], strict=True):
+        total.add_(piece, alpha=ratio)
+    return total
 
 
 def _square(values: Tensor) -> float:
@@ -233,24 +238,3 @@ def _check_written(target: Path, first: BaseModelFiles, planned: Mapping[str, Pl
 def left_out(models: Sequence[BaseModelFiles]) -> dict[str, list[str]]:
     """Model -> tensors that belong to no part, of which only the first model's are kept."""
     return {str(model.path): [*model.beside, *model.unmatched] for model in models[1:] if model.beside or model.unmatched}
-
-
-def report_lines(models: Sequence[BaseModelFiles], options: MergeOptions, done: WeightedSum) -> list[str]:
-    """What was done to each part, and how exact it is."""
-    lines = [f"{'part':14}{'tensors':>8}  {'from':22}{'away from the first':>20}{'rounding':>10}"]
-    for kind in PARTS:
-        reports = [report for (part, _), report in done.reports.items() if part == kind]
-        origin = f"{len(models)} models" if kind in options.parts else "the first model"
-        change_share = _relative([(report.change, report.first) for report in reports])
-        rounding = _relative([(report.rounding, report.merged) for report in reports])
-        lines.append(f"{PART_TITLES[kind]:14}{len(reports):8}  {origin:22}{change_share:20.2e}{rounding:10.1e}")
-    total = sum(options.ratios)
-    if not math.isclose(total, 1, abs_tol=1e-6):
-        lines.append(f"the ratios add up to {total:g}, not 1: all merged weights are scaled by that")
-    return lines
-
-
-def _relative(pairs: Sequence[tuple[float, float]]) -> float:
-    """||a|| / ||b|| from sums of squares."""
-    whole = sum(base for _, base in pairs)
-    return math.sqrt(sum(part for part, _ in pairs) / whole) if whole else 0.0

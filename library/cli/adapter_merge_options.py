@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
 from library.cli.weight_tools import (
     PRECISIONS,
+    REPORT_OPTIONS,
     checked_device,
     missing_problems,
     place_problems,
     rank_problems,
+    report_places,
     suffix_problems,
 )
 from library.errors import UserError, attempt, counted, raise_all
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from networks.tools.checkpoint_merging import CheckpointMerge
     from networks.tools.dense_merging import Method
     from networks.tools.merge_sources import MergeInput
+    from networks.tools.reports import ReportPlaces
 
 METHODS = ("linear", "ties", "dare", "magnitude")
 
@@ -62,7 +65,7 @@ _SAVING = (
         help="type in which weights and changes are added; float, which it is if not given, rounds once only, when saving",
     ),
     Option(name="no_metadata", type=FLAG, help="write no modelspec.* entries; what readers need is written all the same"),
-    Option(name="report", type=Path, help="write what was done, layer by layer, to this JSON file", extension=True),
+    *REPORT_OPTIONS,
 )
 _BASE = Option(
     name="base",
@@ -147,8 +150,8 @@ SVD_MERGE_LORA_OPTIONS = (
 )
 
 
-def parse_merge_lora(argv: Sequence[str], *, description: str) -> tuple[CheckpointMerge | AdapterMerge, Path | None]:
-    """What a command line of merge_lora.py asks for, and where its report goes.
+def parse_merge_lora(argv: Sequence[str], *, description: str) -> tuple[CheckpointMerge | AdapterMerge, ReportPlaces]:
+    """What a command line of merge_lora.py asks for, and where it is told of.
 
     Raises:
         UserError: all that is wrong with it.
@@ -166,15 +169,15 @@ def parse_merge_lora(argv: Sequence[str], *, description: str) -> tuple[Checkpoi
     inputs = attempt(lambda: _inputs(given), problems) or ()
     raise_all(problems)
     if into_model:
-        return _checkpoint_merge(given, inputs), given["report"]
+        return _checkpoint_merge(given, inputs), report_places(given)
     limit = None
     if given["new_rank"] is not None or given["new_conv_rank"] is not None or share is not None:
         limit = _rank_limit(given, share)
-    return _adapter_merge(given, inputs, limit=limit, shuffle=given["shuffle"], v2=given["v2"]), given["report"]
+    return _adapter_merge(given, inputs, limit=limit, shuffle=given["shuffle"], v2=given["v2"]), report_places(given)
 
 
-def parse_svd_merge_lora(argv: Sequence[str], *, description: str) -> tuple[AdapterMerge, Path | None]:
-    """What a command line of svd_merge_lora.py asks for, and where its report goes.
+def parse_svd_merge_lora(argv: Sequence[str], *, description: str) -> tuple[AdapterMerge, ReportPlaces]:
+    """What a command line of svd_merge_lora.py asks for, and where it is told of.
 
     Raises:
         UserError: all that is wrong with it.
@@ -195,7 +198,7 @@ def parse_svd_merge_lora(argv: Sequence[str], *, description: str) -> tuple[Adap
         method = Method(name=given["method"], density=given["density"], seed=given["seed"])
     limit = _rank_limit(given, None)
     device = checked_device(given["device"])
-    return _adapter_merge(given, inputs, limit=limit, method=method, device=device), given["report"]
+    return _adapter_merge(given, inputs, limit=limit, method=method, device=device), report_places(given)
 
 
 def _model_problems(given: ParsedOptions, *models_to_read: str) -> list[UserError]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
 from library.cli.weight_tools import (
     PRECISIONS,
+    REPORT_OPTIONS,
     checked_device,
     missing_problems,
     place_problems,
     rank_problems,
+    report_places,
     suffix_problems,
 )
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from networks.tools.extraction import Extraction
+    from networks.tools.reports import ReportPlaces
 
 _AIMS = ("rank_error", "rank_share", "rank_threshold")
 
@@ -99,24 +101,14 @@ EXTRACT_LORA_OPTIONS = (
         "work and reports",
         (
             Option(name="device", help="where to compute: cpu, cuda, cuda:1; the CPU if not given"),
-            Option(name="report", type=Path, help="write what was done, layer by layer, to this JSON file", extension=True),
-            Option(name="plot", type=Path, help="draw singular values and errors into this PNG file", extension=True),
+            *REPORT_OPTIONS,
         ),
     ),
 )
 
 
-@dataclass(frozen=True)
-class ExtractionCommand:
-    """A command line: what to extract, and where reports go."""
-
-    extraction: Extraction
-    report: Path | None
-    plot: Path | None
-
-
-def parse_extraction(argv: Sequence[str], *, description: str) -> ExtractionCommand:
-    """What a command line asks for.
+def parse_extraction(argv: Sequence[str], *, description: str) -> tuple[Extraction, ReportPlaces]:
+    """What a command line asks for, and where it is told of.
 
     Raises:
         UserError: all that is wrong with it.
@@ -150,7 +142,7 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> ExtractionComm
         with_modelspec=not given["no_metadata"],
         store_rest=given["store_rest"],
     )
-    return ExtractionCommand(extraction, given["report"], given["plot"])
+    return extraction, report_places(given)
 
 
 def _out_of_range(given: ParsedOptions) -> list[UserError]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.cli.options import FLAG, Option, OptionGroup, ParsedOptions, parse
-from library.cli.weight_tools import FILE_SUFFIXES, PRECISIONS, checked_device, place_problems
+from library.cli.weight_tools import FILE_SUFFIXES, PRECISIONS, REPORT_OPTIONS, checked_device, place_problems, report_places
 from library.errors import UserError, counted, raise_all
 
 if TYPE_CHECKING:
     from library.checkpoints.model_merging import MergeOptions
+    from networks.tools.reports import ReportPlaces
 
 MERGE_MODELS_OPTIONS = (
     OptionGroup(
@@ -40,13 +42,23 @@ MERGE_MODELS_OPTIONS = (
                 help="type in which tensors are summed; float rounds once, when saving",
             ),
             Option(name="saving_precision", choices=tuple(PRECISIONS), default="float", help="type of the saved tensors"),
+            *REPORT_OPTIONS,
         ),
     ),
 )
 
 
-def parse_merge_options(argv: Sequence[str], *, description: str) -> tuple[MergeOptions, bool]:
-    """What a command line asks for, and whether to name what is skipped.
+@dataclass(frozen=True)
+class MergeModelsCommand:
+    """A command line: what to merge, whether to name what is left out, and where the merge is told of."""
+
+    merge: MergeOptions
+    show_skipped: bool
+    places: ReportPlaces
+
+
+def parse_merge_options(argv: Sequence[str], *, description: str) -> MergeModelsCommand:
+    """What a command line asks for.
 
     Raises:
         UserError: all that is wrong with it.
@@ -59,7 +71,7 @@ def parse_merge_options(argv: Sequence[str], *, description: str) -> tuple[Merge
     from library.checkpoints.model_merging import MergeOptions
     from library.checkpoints.parts import PARTS, UNET
 
-    return (
+    return MergeModelsCommand(
         MergeOptions(
             models=models,
             ratios=given["ratios"] or tuple(1 / len(models) for _ in models),
@@ -70,6 +82,7 @@ def parse_merge_options(argv: Sequence[str], *, description: str) -> tuple[Merge
             saving_precision=PRECISIONS[given["saving_precision"]],
         ),
         given["show_skipped"],
+        report_places(given),
     )
 
 

@@ -1,6 +1,7 @@
-"""What the command lines of all weight tools are asked alike: names of types and files, places to write to, ranks, devices.
+"""What the command lines of all weight tools are asked alike: names of types and files, places to write to, ranks, devices,
+and what they tell at the end.
 
-Each function returns the mistakes that it finds, so that a tool can tell all of them at once.
+Functions named after problems return the mistakes that they find, so that a tool can tell all of them at once.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.atomic import check_writable
-from library.cli.options import ParsedOptions
+from library.cli.options import Option, ParsedOptions
 from library.errors import UserError, attempt
+from networks.tools.reports import ReportPlaces, ToolReport, write_reports
 
 PRECISIONS: Mapping[str, str] = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """As sd-scripts names them -> as torch does."""
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-_REPORTS = ("report", "plot")
+REPORT_OPTIONS = (
+    Option(name="report", type=Path, help="write all that was found to this JSON file", extension=True),
+    Option(
+        name="plot",
+        type=Path,
+        help="draw into this PNG file: singular values of the layers, and how far each block is from what was meant",
+        extension=True,
+    ),
+)
 
 
 def missing_problems(given: ParsedOptions, wanted: Mapping[str, str]) -> list[UserError]:
@@ -61,7 +71,7 @@ def place_problems(
     """
     if outputs is None:
         outputs = {"save_to": given["save_to"]} if given["save_to"] is not None else {}
-    reports = {name: given[name] for name in _REPORTS if given.values.get(name) is not None}
+    reports = {name: place for name, place in vars(report_places(given)).items() if place is not None}
     problems: list[UserError] = []
     taken: dict[Path, str] = {}
     for name, place in {**outputs, **reports}.items():
@@ -72,10 +82,27 @@ def place_problems(
         elif found in taken:
             what = f"is what --{taken[found]} writes"
             problems.append(UserError(what, where=given.where(name), remedy="name another place"))
+        elif name in reports and place.suffix in FILE_SUFFIXES:
+            problems.append(UserError("has the suffix of a tensor file", where=given.where(name), remedy="name another one"))
         elif name in reports:
             attempt(lambda place=place: check_writable(place), problems)  # type: ignore[misc]
         taken[found] = name
     return problems
+
+
+def report_places(given: ParsedOptions) -> ReportPlaces:
+    """What `REPORT_OPTIONS` say; nowhere for a tool without them."""
+    return ReportPlaces(report=given.values.get("report"), plot=given.values.get("plot"))
+
+
+def tell(told: ToolReport, places: ReportPlaces) -> None:
+    """Write the reports that are wanted, and print the lines.
+
+    Raises:
+        UserError: a place that cannot be written to.
+    """
+    write_reports(told, places)
+    print(*told.lines, sep="\n")
 
 
 def _files(given: ParsedOptions, inputs: Sequence[str]) -> Iterator[Path]:

@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from library.checkpoints.atomic import check_writable
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata, read_modelspec
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, counted, raise_all, some_names
-from library.families.family import EPSILON, ModelFamily
+from library.families.family import EPSILON
 from library.parallel import one_thread, over_cores
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import default_lines
@@ -25,6 +27,15 @@ from networks.formats.traits import read_header
 from networks.tools.conversion import DOWN, LayerError, LayerTensors, SourceLayer, with_one_alpha
 from networks.tools.dense_merging import Method
 from networks.tools.file_conversion import flat, prove, rounded
+from networks.tools.layer_errors import (
+    SPECTRUM,
+    Kept,
+    approximation_panels,
+    layers_content,
+    relative_error,
+    spectrum,
+    table_of_parts,
+)
 from networks.tools.merge_sources import MergeInput, Source, known_layers, open_sources
 from networks.tools.merged_changes import (
     Arithmetic,
@@ -36,6 +47,7 @@ from networks.tools.merged_changes import (
     wanted_change,
     written_change,
 )
+from networks.tools.reports import ToolReport
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -75,23 +87,6 @@ class AdapterMerge:
     with_metadata: bool = True
 
 
-@dataclass
-class AdapterReport:
-    """What was done.
-
-    Attributes:
-        norms: layer -> Frobenius norms of what was lost and of what was wanted.
-        ranks: layer -> rank of LoRA; 0 for a difference.
-        skipped: file -> its layers that have no place.
-        empty: layers of which nothing is left, because their ratios are 0.
-    """
-
-    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-    empty: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Merged:
     """What was made of one layer; a change of the weight's size does not outlive it.
@@ -102,6 +97,7 @@ class Merged:
         norm: of the change that was wanted.
         cut: of what of that `meant` leaves out. What rounding moves is nearly orthogonal to it.
         meant: what the rounded tensors are measured against; None where they are rounded, and `cut` is all that is lost.
+        values: singular values of the change that was wanted, as far as they were looked for; None where `meant` has all.
     """
 
     tensors: LayerTensors
@@ -109,18 +105,47 @@ class Merged:
     norm: float
     cut: float
     meant: Change | None
+    values: Tensor | None = None
+
+    def spectrum(self) -> list[float]:
+        """The largest singular values of the change that was wanted."""
+        if self.values is not None:
+            return [float(value) for value in self.values[:SPECTRUM]]
+        assert self.meant is not None
+        assert self.meant.product is not None
+        return spectrum(*self.meant.product)
+
+
+@dataclass
+class AdapterReport:
+    """What was done.
+
+    Attributes:
+        merged: layer -> what was made of it.
+        layers: layer -> what the file holds of it.
+        skipped: file -> its layers that have no place.
+        empty: layers of which nothing is left, because their ratios are 0.
+    """
+
+    merged: dict[str, Merged] = field(default_factory=dict)
+    layers: dict[str, Kept] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+
+    @cached_property
+    def spectra(self) -> dict[str, list[float]]:
+        """Layer of LoRA -> the largest singular values of the change that was wanted."""
+        names = [name for name, kept in self.layers.items() if kept.rank]
+        return dict(zip(names, over_cores(lambda name: self.merged[name].spectrum(), names), strict=True))
 
 
 @torch.no_grad()
-def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[str], dict[str, object]]:
+def merge_adapters(options: AdapterMerge, *, progress: Progress) -> ToolReport:
     """Write the merged adapter; it is opened again and compared with what was computed.
 
     Args:
         options: what is asked for.
         progress: counted in layers.
-
-    Returns:
-        A table of what was done and a last line about who reads it; and the report.
 
     Raises:
         UserError: what does not fit together, before anything is written; or a place that cannot be written to.
@@ -134,43 +159,51 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> tuple[list[s
         base.check_family(family, f"--base {options.base}")
     report = AdapterReport()
     names, report.skipped = known_layers(sources, family, allow_unmatched=options.allow_unmatched)
-    layers = _saved_layers(_merged_layers(names, sources, base, options, report, progress), options, report)
+    _merge_layers(names, sources, base, options, report, progress)
+    layers = _saved_layers(options, report)
     tensors = flat(layers)
     with one_thread():
         save_tensors(target, tensors, None, _metadata(sources, layers, options))
         prove(target, tensors, layers, family)
     notes = [] if base else [line for source in sources for line in default_lines(source.file, family)]
-    lines = [*_table(report, family), *_skipped_lines(report), *notes, _last_line(options, sources)]
-    return lines, _content(report, options)
+    return ToolReport(
+        lines=[
+            *table_of_parts(report.layers, family),
+            *_skipped_lines(report),
+            *notes,
+            _last_line(options, sources),
+        ],
+        content=lambda: _content(report, options),
+        panels=lambda: approximation_panels(report.layers, report.spectra, family),
+    )
 
 
-def _measure(merged: Mapping[str, Merged], layers: Mapping[str, LayerTensors], report: AdapterReport) -> None:
+def _measure(layers: Mapping[str, LayerTensors], report: AdapterReport) -> None:
     def lost(name: str) -> float:
-        layer = merged[name]
+        layer = report.merged[name]
         if layer.meant is None:
             return layer.cut
         return math.hypot(layer.cut, layer.meant.distance(written_change(layers[name], layer.meant.spec)))
 
     for name, value in zip(layers, over_cores(lost, layers), strict=True):
-        report.norms[name] = (value, merged[name].norm)
-        report.ranks[name] = len(layers[name][DOWN]) if DOWN in layers[name] else 0
+        rank = len(layers[name][DOWN]) if DOWN in layers[name] else 0
+        report.layers[name] = Kept(rank=rank, lost=value, had=report.merged[name].norm)
 
 
-def _merged_layers(
+def _merge_layers(
     names: Sequence[str],
     sources: Sequence[Source],
     base: BaseWeights | None,
     options: AdapterMerge,
     report: AdapterReport,
     progress: Progress,
-) -> dict[str, Merged]:
-    """Layer -> what was made of it.
+) -> None:
+    """Put what is made of each layer into the report.
 
     Raises:
         UserError: layers that depend on a base model that was not given, or do not fit together.
     """
     how = Arithmetic(method=options.method, dtype=getattr(torch, options.arithmetic), device=options.device)
-    merged: dict[str, Merged] = {}
     problems: dict[str, list[LayerError]] = {}
 
     def work(name: str) -> Merged | LayerError | None:
@@ -186,32 +219,32 @@ def _merged_layers(
         elif made is None:
             report.empty.append(name)
         else:
-            merged[name] = made
+            report.merged[name] = made
         progress(done, len(names))
     raise_all([_of_layers(errors) for errors in problems.values()])
-    return merged
 
 
 def _merged(change: Change, limit: RankLimit | None, dtype: torch.dtype) -> Merged:
-    tensors, norm = {key: value.cpu() for key, value in tensors_of(change, limit).items()}, change.norm()
-    change = change.cpu()
+    (on_device, values), norm = tensors_of(change, limit), change.norm()
+    tensors, change = {key: value.cpu() for key, value in on_device.items()}, change.cpu()
     if change.product is not None:
-        return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=0.0, meant=change)
+        return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=0.0, meant=change, values=values)
     if DOWN not in tensors:
         tensors = {key: rounded(value, dtype) for key, value in tensors.items()}
         return Merged(
             tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(written_change(tensors, change.spec)), meant=None
         )
     meant = written_change(tensors, change.spec)
-    return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(meant), meant=meant)
+    return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(meant), meant=meant, values=values)
 
 
-def _saved_layers(merged: Mapping[str, Merged], options: AdapterMerge, report: AdapterReport) -> dict[str, LayerTensors]:
+def _saved_layers(options: AdapterMerge, report: AdapterReport) -> dict[str, LayerTensors]:
     """Layer -> its tensors as the file holds them, measured.
 
     Raises:
         UserError: there is none.
     """
+    merged = report.merged
     if not merged:
         raise UserError("nothing is left to write", where="--ratios", remedy="give ratios that are not all 0")
     layers = {name: shuffled(name, layer.tensors) if options.shuffle else layer.tensors for name, layer in merged.items()}
@@ -220,7 +253,7 @@ def _saved_layers(merged: Mapping[str, Merged], options: AdapterMerge, report: A
             name: {key: rounded(each, merged[name].dtype) for key, each in own.items()}
             for name, own in with_one_alpha(layers).items()
         }
-    _measure(merged, layers, report)
+    _measure(layers, report)
     return layers
 
 
@@ -288,28 +321,6 @@ def _one(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "Dynamic"
 
 
-def _table(report: AdapterReport, family: ModelFamily) -> list[str]:
-    lines = [f"{'part':14}{'layers':>8}  {'ranks':12}{'relative error':>15}"]
-    parts = {"U-Net": True, "text encoder": False}
-    groups = {
-        title: [name for name in report.norms if name.startswith(family.denoiser_prefix) is wanted]
-        for title, wanted in parts.items()
-    }
-    for title, names in {**groups, "total": list(report.norms)}.items():
-        ranks = sorted({report.ranks[name] for name in names if report.ranks[name]})
-        shown = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(*ranks)
-        whole = any(not report.ranks[name] for name in names)
-        shown = f"{shown}, whole" if whole and ranks else "whole" if whole else shown or "-"
-        lines.append(f"{title:14}{len(names):8}  {shown:12}{relative_error(report, names):15.2g}")
-    return lines
-
-
-def relative_error(report: AdapterReport, names: Sequence[str]) -> float:
-    """||what was lost|| / ||what was wanted|| over layers."""
-    lost, had = (math.hypot(*(report.norms[name][column] for name in names)) for column in (0, 1))
-    return lost / had if had else 0.0
-
-
 def _skipped_lines(report: AdapterReport) -> list[str]:
     lines = [
         f"{where}: {counted(len(names), 'layer')} left out, of no known place ({', '.join(names)})"
@@ -326,15 +337,11 @@ def _last_line(options: AdapterMerge, sources: Sequence[Source]) -> str:
 
 
 def _content(report: AdapterReport, options: AdapterMerge) -> dict[str, object]:
-    layers = {
-        name: {"rank": report.ranks[name], "norm": had, "relative_error": lost / had if had else 0.0}
-        for name, (lost, had) in report.norms.items()
-    }
     return {
         "save_to": str(options.target),
         "models": [str(given.path) for given in options.inputs],
-        "relative_error": relative_error(report, list(report.norms)),
-        "layers": layers,
+        "relative_error": relative_error(report.layers.values()),
+        "layers": layers_content(report.layers, report.spectra),
         "skipped": report.skipped,
         "of_ratio_0": report.empty,
     }

@@ -23,11 +23,15 @@ from library.checkpoints.model_writing import config_metadata, counters_of, plan
 from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, UNET
 from library.checkpoints.tensor_writing import with_progress, write_tensors, write_torch_file
 from library.errors import UserError, counted
+from library.families.family import ModelFamily
 from library.parallel import ticks
 from networks.core.adapter import Adapter
 from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import adapter_of_layer
+from networks.tools.layer_errors import shares_by_block
 from networks.tools.merge_sources import MergeInput, Source, known_layers, open_sources
+from networks.tools.plotting import Bars, Panel
+from networks.tools.reports import ToolReport
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -187,15 +191,12 @@ class MergedWeights:
         )
 
 
-def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tuple[list[str], dict[str, object]]:
+def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> ToolReport:
     """Write the merged model, compared with what was computed as it is written; it is opened again.
 
     Args:
         options: what is asked for.
         progress: counted in tensors.
-
-    Returns:
-        A table of what was done with a last line about the file, and the report.
 
     Raises:
         UserError: what does not fit together, before anything is written; or a place that cannot be written to.
@@ -214,7 +215,12 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> tu
     else:
         _write_file(model, change, sources, options, progress)
     _check_written(options.target, change)
-    return report_lines(change.report, sources, model, options), _content(change.report, options)
+    report = change.report
+    return ToolReport(
+        lines=_lines(report, sources, model, options),
+        content=lambda: _content(report, options),
+        panels=lambda: _panels(report, model.family),
+    )
 
 
 def _check_target(options: CheckpointMerge, is_folder: bool) -> None:
@@ -286,7 +292,7 @@ def _check_written(target: Path, change: MergedWeights) -> None:
         raise RuntimeError(f"{target}: its tensors are not those that were meant ({sorted(found ^ change.given)[:3]})")
 
 
-def report_lines(
+def _lines(
     report: CheckpointReport, sources: Sequence[Source], model: BaseModelFiles, options: CheckpointMerge
 ) -> list[str]:
     """What was done to each part, how large it was and how much of it rounding lost; a last line about the file."""
@@ -325,6 +331,24 @@ def _content(report: CheckpointReport, options: CheckpointMerge) -> dict[str, ob
         "tensors": tensors,
         "skipped": report.skipped,
     }
+
+
+def _panels(report: CheckpointReport, family: ModelFamily) -> list[Panel]:
+    """By block, the size of the change beside the weights, and what of it rounding lost."""
+    columns = ("base", "change", "lost")
+    sums = {each.layer: dict.fromkeys(columns, 0.0) for each in report.altered.values()}
+    for each in report.altered.values():
+        for column in columns:
+            sums[each.layer][column] += getattr(each, column)
+
+    def shares(part: str, whole: str) -> dict[str, float]:
+        norms = {layer: (math.sqrt(found[part]), math.sqrt(found[whole])) for layer, found in sums.items()}
+        return shares_by_block(norms, family)
+
+    return [
+        Bars(title="size of the change of each block", series={"change / weights": shares("change", "base")}),
+        Bars(title="what rounding lost of the change", series={"lost / change": shares("lost", "change")}),
+    ]
 
 
 _PARTS = (UNET, TEXT_ENCODER)

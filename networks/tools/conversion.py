@@ -292,7 +292,7 @@ def with_width_shown(
     return {**layers, _SHOWS_WIDTH: nothing}
 
 
-def relative_error(before: SourceLayer, after: SourceLayer) -> tuple[float, float]:
+def lost_and_had(before: SourceLayer, after: SourceLayer) -> tuple[float, float]:
     """Frobenius norms of the difference of two layers' changes and of the first one; in double precision.
 
     From the factors where these are thin; else of the whole changes, some rows at a time.

@@ -24,6 +24,7 @@ from library.parallel import over_cores
 from networks.formats.file_adapters import stream_layers
 from networks.tools.conversion import DOWN, UP, LayerTensors, with_whole_attention
 from networks.tools.file_conversion import DTYPES, rounded
+from networks.tools.layer_errors import SPECTRUM
 from networks.tools.model_differences import TensorPair, open_pair, tensor_pairs
 from networks.tools.rank_choice import RankRule, decompose, squared_norm
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-SPECTRUM = 64  # singular values of a layer that reports hold
 
 
 @dataclass(frozen=True, kw_only=True)

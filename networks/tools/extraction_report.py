@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from library.checkpoints.parts import PART_TITLES
 from library.errors import counted, some_names
 from networks.tools.extraction import PLACE_TITLES, Extracted, Measured, title_of_place
-from networks.tools.plotting import spectra_and_errors
+from networks.tools.layer_errors import Kept, approximation_panels
+from networks.tools.plotting import Panel
+from networks.tools.reports import ToolReport
 
 _SHOWN = 3  # layers that a sentence names
 
@@ -25,14 +26,20 @@ def _ratio(sums: list[tuple[float, float]]) -> float:
     return math.sqrt(sum(lost for lost, _ in sums) / whole) if whole else 0.0
 
 
-def lines(found: Extracted) -> list[str]:
-    """A table of the parts, what LoRA does not hold, what the file is, and who reads it rightly."""
+def report_of(found: Extracted) -> ToolReport:
+    """What an extraction tells."""
+    return ToolReport(lines=_lines(found), content=lambda: _content(found), panels=lambda: _panels(found))
+
+
+def _lines(found: Extracted) -> list[str]:
+    """Notes of the models, a table of the parts, what LoRA does not hold, what the file is, and who reads it rightly."""
     everything = sum(one.change for one in (*found.layers.values(), *found.rest))
     rows: dict[str, list[Measured]] = {}
     for measured in found.layers.values():
         rows.setdefault(title_of_place(measured), []).append(measured)
     rows = {title: rows[title] for title in sorted(rows, key=PLACE_TITLES.index)} | {"total": list(found.layers.values())}
-    told = [f"{'part':14}{'layers':>7}  {'ranks':14}{'share of the change':>20}{'relative error':>16}"]
+    told = list(dict.fromkeys(note for model in found.models for note in model.notes()))
+    told += [f"{'part':14}{'layers':>7}  {'ranks':14}{'share of the change':>20}{'relative error':>16}"]
     told += [_row(title, measured, everything) for title, measured in rows.items()]
     told += _rest_lines(found, everything)
     told += _notes(found)
@@ -87,7 +94,7 @@ def _notes(found: Extracted) -> list[str]:
     return told
 
 
-def content(found: Extracted) -> dict[str, object]:
+def _content(found: Extracted) -> dict[str, object]:
     """All of it, for a JSON file."""
     options, (base, tuned) = found.options, found.models
     return {
@@ -125,7 +132,9 @@ def content(found: Extracted) -> dict[str, object]:
     }
 
 
-def plot(found: Extracted, path: Path) -> None:
-    """Singular values and errors of the layers as a PNG file."""
+def _panels(found: Extracted) -> list[Panel]:
     spectra = {name: one.values for name, one in found.layers.items()}
-    spectra_and_errors(path, spectra, {name: relative([one]) for name, one in found.layers.items()})
+    kept = {
+        name: Kept(rank=one.rank, lost=math.sqrt(one.lost), had=math.sqrt(one.change)) for name, one in found.layers.items()
+    }
+    return approximation_panels(kept, spectra, found.models[0].family)

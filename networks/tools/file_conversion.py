@@ -5,10 +5,10 @@ What is written is opened again: its bytes are compared with what was meant, its
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +22,7 @@ from library.families.family import ModelFamily
 from library.parallel import over_cores
 from networks.core.algorithms import algorithm_of
 from networks.formats.base_weights import BaseWeights
-from networks.formats.file_adapters import default_lines, family_of_adapter_file, stream_layers
+from networks.formats.file_adapters import FileLayers, default_lines, family_of_adapter_file, stream_layers
 from networks.formats.files import save_tensors
 from networks.formats.keys import to_peft
 from networks.formats.readers import READERS, readers_sentence, readings
@@ -30,6 +30,7 @@ from networks.formats.reading import Reader, read_by
 from networks.tools.comparing import is_finite, same_values
 from networks.tools.conversion import (
     DOWN,
+    UP,
     CannotHold,
     LayerError,
     LayerTensors,
@@ -38,11 +39,20 @@ from networks.tools.conversion import (
     as_lora,
     form_for,
     header_of,
-    relative_error,
+    lost_and_had,
     with_one_alpha,
     with_whole_attention,
     with_width_shown,
 )
+from networks.tools.layer_errors import (
+    Kept,
+    approximation_panels,
+    layers_content,
+    relative_error,
+    spectrum,
+    table_of_parts,
+)
+from networks.tools.reports import ToolReport
 
 if TYPE_CHECKING:
     from library.checkpoints.tensor_places import TensorFile
@@ -130,22 +140,23 @@ class Plan:
 
 
 @torch.no_grad()
-def convert_file(options: FileConversion) -> list[str]:
+def convert_file(options: FileConversion, *, progress: Callable[[int, int], None] | None = None) -> ToolReport:
     """Convert a file.
 
-    Returns:
-        Lines about what was done; the last says who applies the result rightly.
+    Args:
+        options: what is asked for.
+        progress: called with the layers done and their number.
 
     Raises:
         UserError: what cannot be converted so, before anything is written; or a place that cannot be written to.
     """
     try:
-        return _convert(open_tensor_file(options.source), options)
+        return _convert(open_tensor_file(options.source), options, progress)
     except LayerError as error:
         raise UserError(error.what, where=f"{options.source}, {error.where}", remedy=error.remedy) from None
 
 
-def _convert(file: TensorFile, options: FileConversion) -> list[str]:
+def _convert(file: TensorFile, options: FileConversion, progress: Callable[[int, int], None] | None) -> ToolReport:
     base = BaseWeights.open(options.base)
     family = family_of_adapter_file(file, base.model.family if base else DEFAULT_FAMILY)
     if base is not None:
@@ -156,8 +167,11 @@ def _convert(file: TensorFile, options: FileConversion) -> list[str]:
     def decide(layer: tuple[str, LayerTensors]) -> Decision:
         return _decision(SourceLayer.read(*layer, family, base), options, asked, family)
 
-    for decision in over_cores(decide, stream_layers(file, family)):
+    total = len(FileLayers(file, family).names)
+    for done, decision in enumerate(over_cores(decide, stream_layers(file, family)), start=1):
         plan.take(decision)
+        if progress is not None:
+            progress(done, total)
     _refuse_losses(plan, options)
     if not plan.layers:
         raise UserError("nothing is left to write", where=str(options.source))
@@ -166,11 +180,21 @@ def _convert(file: TensorFile, options: FileConversion) -> list[str]:
     _round(plan)
     tensors, said = _named(plan.layers, options, family)
     _check_readers(asked, tensors, family, options)
-    errors = _errors(file, family, base, plan)
+    converted = _converted(file, family, base, plan)
     save_tensors(options.target, tensors, None, _metadata(file.metadata, plan, options) | said)
     prove(options.target, tensors, plan.layers, family)
     notes = [] if base else default_lines(file, family)
-    return [*_lines(plan, options), *_error_lines(errors), *notes, _last_line(options.target, asked, family)]
+    spectra = cache(lambda: _spectra(plan))
+    return ToolReport(
+        lines=[
+            *_lines(plan, options),
+            *_error_lines(converted, family),
+            *notes,
+            _last_line(options.target, asked, family),
+        ],
+        content=lambda: _content(plan, options, converted, spectra()),
+        panels=lambda: approximation_panels(converted, spectra(), family),
+    )
 
 
 def _decision(layer: SourceLayer, options: FileConversion, asked: Sequence[Reader], family: ModelFamily) -> Decision:
@@ -289,35 +313,62 @@ def _check_readers(
 _OTHER_READER = "leave --for out, or name another reader"
 
 
-def _errors(file: TensorFile, family: ModelFamily, base: BaseWeights | None, plan: Plan) -> dict[str, tuple[float, float]]:
-    """Layer -> norms of what its change lost and of what it was, for the layers whose tensors are not as they were."""
+def _converted(file: TensorFile, family: ModelFamily, base: BaseWeights | None, plan: Plan) -> dict[str, Kept]:
+    """Layer -> what is left of its change, for the layers whose tensors are not as they were."""
 
-    def error(layer: tuple[str, LayerTensors]) -> tuple[str, tuple[float, float] | None]:
+    def error(layer: tuple[str, LayerTensors]) -> tuple[str, Kept | None]:
         name, tensors = layer
         written = plan.layers.get(name)
         if written is None or _same(written, tensors):
             return name, None
         before, after = (SourceLayer.read(name, each, family, base) for each in (tensors, written))
-        return name, relative_error(before, after) if before.is_known and after.is_known else None
+        if not before.is_known or not after.is_known:
+            return name, None
+        lost, had = lost_and_had(before, after)
+        return name, Kept(rank=len(written[DOWN]) if DOWN in written else 0, lost=lost, had=had)
 
     found = over_cores(error, stream_layers(file, family))
-    return {name: norms for name, norms in found if norms is not None}
+    return {name: kept for name, kept in found if kept is not None}
+
+
+def _spectra(plan: Plan) -> dict[str, list[float]]:
+    """Layer of LoRA -> singular values of what was written."""
+    lora = {name: tensors for name, tensors in plan.layers.items() if DOWN in tensors}
+
+    def found(tensors: LayerTensors) -> list[float]:
+        up, down = (tensors[name].float().flatten(1) for name in (UP, DOWN))
+        scale = float(tensors["alpha"]) / len(down) if "alpha" in tensors else 1.0
+        return spectrum(up * scale, down)
+
+    return dict(zip(lora, over_cores(found, lora.values()), strict=True))
+
+
+def _content(
+    plan: Plan, options: FileConversion, converted: Mapping[str, Kept], spectra: Mapping[str, list[float]]
+) -> dict[str, object]:
+    return {
+        "model": str(options.source),
+        "save_to": str(options.target),
+        "forms": dict(plan.forms),
+        "relative_error": relative_error(converted.values()),
+        "layers": layers_content(converted, spectra),
+        "as_they_were": [name for name in plan.layers if name not in converted],
+        "left_out": plan.losses,
+    }
 
 
 def _same(written: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return written.keys() == other.keys() and all(same_values(written[name], other[name]) for name in written)
 
 
-def _error_lines(errors: Mapping[str, tuple[float, float]]) -> list[str]:
-    if not errors:
+def _error_lines(converted: Mapping[str, Kept], family: ModelFamily) -> list[str]:
+    if not converted:
         return ["the change is the same, bit for bit"]
-    lost, had = (math.hypot(*column) for column in zip(*errors.values(), strict=True))
-    shares = {name: loss / norm for name, (loss, norm) in errors.items() if norm}
-    whole = lost / had if had else 0.0
-    worst = max(shares, key=lambda name: shares[name], default=next(iter(errors)))
+    worst = max(converted, key=lambda name: converted[name].relative_error)
     return [
-        f"relative error of the change: {whole:.2g} of all {counted(len(errors), 'converted layer')}, "
-        f"at most {shares.get(worst, 0.0):.2g} ({worst})"
+        *table_of_parts(converted, family),
+        f"relative error of the change: {relative_error(converted.values()):.2g} of all "
+        f"{counted(len(converted), 'converted layer')}, at most {converted[worst].relative_error:.2g} ({worst})",
     ]
 
 

@@ -167,17 +167,21 @@ def _stacked(factors: Sequence[float], products: Sequence[tuple[Tensor, Tensor]]
     return torch.cat(ups, 1), torch.cat(downs)
 
 
-def tensors_of(change: Change, limit: RankLimit | None) -> LayerTensors:
-    """A change as the tensors of a layer: LoRA where it is a product or its rank is limited, else the difference; fp32."""
+def tensors_of(change: Change, limit: RankLimit | None) -> tuple[LayerTensors, Tensor | None]:
+    """A change as the tensors of a layer: LoRA where it is a product or its rank is limited, else the difference; fp32.
+
+    Returns:
+        The tensors, and the singular values of the change, largest first, as far as they were looked for on the way.
+    """
     if change.spec.is_norm:
         assert change.dense is not None
         bias = torch.zeros_like(change.dense) if change.bias is None else change.bias
-        return {"w_norm": change.dense, "b_norm": bias}
+        return {"w_norm": change.dense, "b_norm": bias}, None
     bias_of = {} if change.bias is None or not bool(change.bias.any()) else {"diff_b": change.bias}
-    product = change.product
+    product, values = change.product, None
     if product is None and limit is None:
         assert change.dense is not None
-        return {"diff": change.dense, **bias_of}
+        return {"diff": change.dense, **bias_of}, None
     if limit is not None:
         left, values, right = _decomposed(change, limit)
         up, down = balanced_factors(left, values, right, limit.of(change.spec, values))
@@ -185,14 +189,16 @@ def tensors_of(change: Change, limit: RankLimit | None) -> LayerTensors:
         assert product is not None
         up, down = product
         if len(down) > min(len(up), down.shape[1]):
-            up, down = balanced_factors(*svd_of_product(up, down), min(len(up), down.shape[1]))
+            left, values, right = svd_of_product(up, down)
+            up, down = balanced_factors(left, values, right, min(len(up), down.shape[1]))
     shape = change.spec.weight_shape
-    return {
+    tensors = {
         DOWN: down.reshape(-1, *shape[1:]).contiguous(),
         UP: up.reshape(*up.shape, *(1 for _ in shape[2:])).contiguous(),
         "alpha": torch.tensor(float(len(down))),
         **bias_of,
     }
+    return tensors, values
 
 
 def _decomposed(change: Change, limit: RankLimit) -> tuple[Tensor, Tensor, Tensor]:

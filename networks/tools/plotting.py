@@ -1,9 +1,10 @@
-"""A picture of what a weight tool kept: singular values of the layers, and the error of each of them."""
+"""A picture of what a weight tool did: panels of curves and of bars, beside each other in a PNG file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,94 +13,209 @@ from library.checkpoints.atomic import atomic_write
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-_PANEL = (560, 400)  # pixels of the room for curves or bars
-_MARGIN = (70, 40)  # left or right of a panel, above or below it
-_DECADES = 6  # of singular values that are shown below the largest
-_COLOURS = ("#2a6fb0", "#c8602a", "#3a8a4a", "#8a4a9a", "#777777")
+_ROOM = (560, 400)  # pixels of a panel's room for curves or bars
+_MARGIN = (80, 40)  # left of it, where numbers stand; and above it, for the title
+_FOOT = 110  # below it, for names of places and the legend
+_BAR = 6  # the least width of a bar
+_DECADES = 6  # the most of singular values that are shown below the largest
+_COLOURS = ("#2a6fb0", "#c8602a", "#3a8a4a", "#8a4a9a", "#777777", "#b0a020")
 _INK, _GRID = "#222222", "#dddddd"
 
 Box = tuple[int, int, int, int]
 
 
-def spectra_and_errors(path: Path, spectra: Mapping[str, Sequence[float]], errors: Mapping[str, float]) -> None:
-    """Draw two panels into a PNG file.
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Falling curves, each relative to its first value, on a logarithmic scale.
 
-    Left, every layer's singular values relative to its largest, logarithmic; right, every layer's relative error as a bar,
-    in the order given. Layers whose names begin alike (up to the first "_" after "lora_") share a colour.
+    Attributes:
+        title: of the panel.
+        groups: name in the legend -> curves of its colour; values above 0, largest first. Zeros are not drawn.
+    """
+
+    title: str
+    groups: Mapping[str, Sequence[Sequence[float]]]
+
+    @property
+    def width(self) -> int:
+        """Pixels of the room for the curves."""
+        return _ROOM[0]
+
+    @property
+    def legend(self) -> Sequence[str]:
+        """Names, in the order of their colours."""
+        return list(self.groups)
+
+    def draw(self, draw: ImageDraw, box: Box) -> None:
+        """Draw into a box of the picture."""
+        whole = [curve for curves in self.groups.values() for curve in curves]
+        longest = max(map(len, whole), default=1)
+        decades = max(
+            [1, *(min(_DECADES, math.ceil(_depth(value, curve))) for curve in whole for value in curve if value > 0)]
+        )
+        for decade in range(decades + 1):
+            _draw_level(draw, box, decade / decades, f"1e-{decade}" if decade else "1")
+        for place in sorted({1, (longest + 1) // 2, longest}):
+            across = _point(box, (place - 1) / max(1, longest - 1), 1.0)
+            draw.text((across[0], across[1] + 6), str(place), fill=_INK, anchor="mt")
+        draw.text(_point(box, 0.5, 1.0, down_by=24), "place of the value", fill=_INK, anchor="mt")
+        groups = zip(_colours(self.groups), self.groups.values(), strict=True)
+        for colour, curves in sorted(groups, key=lambda group: -len(group[1])):  # few curves above many
+            for curve in curves:
+                _draw_curve(draw, box, curve, (longest, decades), colour)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Bars from 0 up, one at each place for each series, on a linear scale.
+
+    Attributes:
+        title: of the panel.
+        series: name in the legend -> place -> value, 0 or more. Places stand in the order in which they are first named.
+    """
+
+    title: str
+    series: Mapping[str, Mapping[str, float]]
+
+    @property
+    def places(self) -> Sequence[str]:
+        """All places, in their order."""
+        return list(dict.fromkeys(place for values in self.series.values() for place in values))
+
+    @property
+    def width(self) -> int:
+        """Pixels of the room for the bars: more where there are many."""
+        return max(_ROOM[0], len(self.places) * (_BAR * len(self.series) + 4))
+
+    @property
+    def legend(self) -> Sequence[str]:
+        """Names, in the order of their colours."""
+        return list(self.series)
+
+    def draw(self, draw: ImageDraw, box: Box) -> None:
+        """Draw into a box of the picture."""
+        highest = max((value for values in self.series.values() for value in values.values()), default=0.0)
+        scale = _round_number_from(highest) if 0 < highest < math.inf else 1.0
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            _draw_level(draw, box, 1 - share, f"{share * scale:.3g}")
+        slot = (box[2] - box[0]) / max(1, len(self.places))
+        for number, place in enumerate(self.places):
+            left = box[0] + number * slot
+            _write_upwards(draw, (round(left + slot / 2), box[3] + 6), place)
+            wide = (slot - 4) / len(self.series)
+            for column, (colour, values) in enumerate(zip(_colours(self.series), self.series.values(), strict=True)):
+                start = left + 2 + column * wide
+                top = _point(box, 0.0, 1 - min(1.0, values.get(place, 0.0) / scale))[1]
+                if top < box[3]:
+                    draw.rectangle((round(start), top, max(round(start), round(start + wide) - 1), box[3]), fill=colour)
+
+
+Panel = Curves | Bars
+
+
+def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw panels from left to right, each with its title above and its legend below it.
 
     Args:
         path: of the picture; it appears complete or not at all.
-        spectra: layer -> singular values, largest first.
-        errors: layer -> relative error, 0 or more.
 
     Raises:
         UserError: a place that cannot be written to.
     """
     from PIL import Image, ImageDraw
 
-    (width, height), (beside, above) = _PANEL, _MARGIN
-    image = Image.new("RGB", (2 * width + 3 * beside, height + 2 * above + 20), "white")
+    (beside, above), height = _MARGIN, _ROOM[1]
+    lines = max((len(_legend_lines(panel)) for panel in panels), default=1)
+    width = sum(panel.width + beside for panel in panels) + beside // 2
+    image = Image.new("RGB", (width, above + height + _FOOT + 16 * lines), "white")
     draw = ImageDraw.Draw(image)
-    parts = list(dict.fromkeys(_part(name) for name in (*spectra, *errors)))
-    colours = {part: _COLOURS[place % len(_COLOURS)] for place, part in enumerate(parts)}
-    left = (beside, above, beside + width, above + height)
-    right = (2 * beside + width, above, 2 * beside + 2 * width, above + height)
-    _draw_spectra(draw, left, spectra, colours)
-    _draw_errors(draw, right, errors, colours)
-    for place, part in enumerate(parts):
-        draw.text((beside + 150 * place, height + above + 35), part, fill=colours[part])
+    left = beside
+    for panel in panels:
+        box = (left, above, left + panel.width, above + height)
+        draw.text((left, above - 20), panel.title, fill=_INK)
+        panel.draw(draw, box)
+        draw.rectangle(box, outline=_INK)
+        _draw_legend(draw, panel, box)
+        left += panel.width + beside
     with atomic_write(path) as file:
         image.save(file, format="PNG")
 
 
-def _part(name: str) -> str:
-    return "_".join(name.split("_")[:2])
+def _colours(names: Mapping[str, object]) -> list[str]:
+    return [_COLOURS[place % len(_COLOURS)] for place in range(len(names))]
 
 
-def _draw_spectra(draw: ImageDraw, box: Box, spectra: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> None:
-    longest = max((len(values) for values in spectra.values()), default=1)
-    _draw_frame(draw, box, f"singular values relative to the largest (1 to {longest})")
-    for decade in range(_DECADES + 1):
-        _draw_line(draw, box, decade / _DECADES, f"1e-{decade}" if decade else "1")
-    for name, values in spectra.items():
-        if not values or not values[0] > 0:
-            continue
-        points = [
-            _point(box, place / max(1, longest - 1), min(1.0, -math.log10(value / values[0]) / _DECADES))
-            for place, value in enumerate(values)
-            if value > 0
-        ]
-        if len(points) > 1:
-            draw.line(points, fill=colours[_part(name)])
-        else:
-            draw.ellipse((points[0][0] - 2, points[0][1] - 2, points[0][0] + 2, points[0][1] + 2), fill=colours[_part(name)])
+def _legend_lines(panel: Panel) -> list[list[tuple[str, str]]]:
+    """Name and colour of each series, in lines that are no wider than the panel."""
+    lines: list[list[tuple[str, str]]] = [[]]
+    for place, name in enumerate(panel.legend):
+        if lines[-1] and sum(_text_size(shown)[0] + 32 for shown, _ in [*lines[-1], (name, "")]) > panel.width:
+            lines.append([])
+        lines[-1].append((name, _COLOURS[place % len(_COLOURS)]))
+    return lines
 
 
-def _draw_errors(draw: ImageDraw, box: Box, errors: Mapping[str, float], colours: Mapping[str, str]) -> None:
-    highest = max(errors.values(), default=0.0) or 1.0
-    _draw_frame(draw, box, f"relative error of each of {len(errors)} layers")
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        _draw_line(draw, box, 1 - share, f"{share * highest:.2g}")
-    for place, (name, error) in enumerate(errors.items()):
-        (x0, top), (x1, bottom) = (
-            _point(box, place / len(errors), 1 - error / highest),
-            _point(box, (place + 1) / len(errors), 1.0),
-        )
-        draw.rectangle((x0, min(top, bottom), max(x0, x1 - 1), bottom), fill=colours[_part(name)])
+def _draw_legend(draw: ImageDraw, panel: Panel, box: Box) -> None:
+    for row, line in enumerate(_legend_lines(panel)):
+        left, top = box[0], box[3] + _FOOT - 6 + 16 * row
+        for name, colour in line:
+            draw.rectangle((left, top + 1, left + 9, top + 10), fill=colour)
+            draw.text((left + 14, top), name, fill=_INK)
+            left += _text_size(name)[0] + 32
 
 
-def _draw_frame(draw: ImageDraw, box: Box, title: str) -> None:
-    draw.text((box[0], box[1] - 20), title, fill=_INK)
-    draw.rectangle(box, outline=_INK)
+def _depth(value: float, curve: Sequence[float]) -> float:
+    """How many decades a value above 0 is below the first of its curve."""
+    return math.log10(curve[0]) - math.log10(value)
 
 
-def _draw_line(draw: ImageDraw, box: Box, down: float, label: str) -> None:
+def _round_number_from(value: float) -> float:
+    """The lowest number at or above a positive one whose quarters are short to write."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return next(step * unit for step in (1, 2, 4, 6, 8, 10, 20) if step * unit >= value)
+
+
+def _draw_curve(draw: ImageDraw, box: Box, curve: Sequence[float], sizes: tuple[int, int], colour: str) -> None:
+    if not curve or not curve[0] > 0:
+        return
+    longest, decades = sizes
+    points = [
+        _point(box, place / max(1, longest - 1), min(1.0, _depth(value, curve) / decades))
+        for place, value in enumerate(curve)
+        if value > 0
+    ]
+    if len(points) > 1:
+        draw.line(points, fill=colour)
+    else:
+        draw.ellipse((points[0][0] - 2, points[0][1] - 2, points[0][0] + 2, points[0][1] + 2), fill=colour)
+
+
+def _draw_level(draw: ImageDraw, box: Box, down: float, label: str) -> None:
     """A level line and its label."""
     start, end = _point(box, 0.0, down), _point(box, 1.0, down)
     draw.line((start, end), fill=_GRID)
     draw.text((box[0] - 6, start[1]), label, fill=_INK, anchor="rm")
 
 
-def _point(box: Box, along: float, down: float) -> tuple[int, int]:
-    """Pixels of a place given as shares of a panel."""
-    return round(box[0] + along * (box[2] - box[0])), round(box[1] + down * (box[3] - box[1]))
+def _write_upwards(draw: ImageDraw, top: tuple[int, int], text: str) -> None:
+    """Text that reads from below, its end at a place and its line centred there."""
+    from PIL import Image, ImageDraw
+
+    width, height = _text_size(text)
+    label = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(label).text((0, 0), text, fill=255)
+    turned: Image.Image = label.rotate(90, expand=True)
+    draw.bitmap((top[0] - height // 2, top[1]), turned, fill=_INK)
+
+
+def _text_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels."""
+    from PIL import Image, ImageDraw
+
+    _, _, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text)
+    return math.ceil(right) + 1, math.ceil(bottom) + 2
+
+
+def _point(box: Box, along: float, down: float, *, down_by: int = 0) -> tuple[int, int]:
+    """Pixels of a place given as shares of a panel, and of one some pixels below it."""
+    return round(box[0] + along * (box[2] - box[0])), round(box[1] + down * (box[3] - box[1])) + down_by

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from networks.formats.keys import by_layer
 from networks.tools.comparing import is_finite
 from networks.tools.file_conversion import rounded
 
-_FACTORS = ("lora_down.weight", "lora_up.weight")
-_KNOWN = {*_FACTORS, "alpha", "dora_scale"}
+FACTORS = ("lora_down.weight", "lora_up.weight")
+"""Names of the tensors of (r, in, ...) and (out, r, ...)."""
+_KNOWN = {*FACTORS, "alpha", "dora_scale"}
 
 LayerTensors = Mapping[str, Tensor]
 
@@ -42,7 +43,7 @@ def cut_layer(tensors: LayerTensors, rank: int) -> dict[str, Tensor]:
             0) and DoRA's magnitudes, which stay.
         rank: to keep; the layer's own where that is lower.
     """
-    down, up = (tensors[name] for name in _FACTORS)
+    down, up = (tensors[name] for name in FACTORS)
     if rank >= len(down):
         return dict(tensors)
     alpha = tensors.get("alpha", torch.zeros((), dtype=down.dtype))
@@ -129,7 +130,7 @@ def read_low_rank_file(path: Path) -> LowRankFile:
     if not layers:
         raise UserError("is empty", where=str(path))
     for name, layer in layers.items():
-        down, up = (layer.get(factor) for factor in _FACTORS)
+        down, up = (layer.get(factor) for factor in FACTORS)
         if down is None or up is None or not _KNOWN.issuperset(layer):
             raise UserError(
                 f"is no LoRA file that can be cut: {name} has {some_names(list(layer))}",
@@ -156,29 +157,32 @@ def file_of_rank(save_to: Path, rank: int) -> Path:
     return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
 
 
-def cut_file(source: Path, save_to: Path, unit: int) -> list[Path]:
+def write_ranks(
+    file: LowRankFile, save_to: Path, unit: int, *, progress: Callable[[int, int], None] | None = None
+) -> dict[int, Path]:
     """Write one file for each rank: unit, 2 unit, ... up to the source's own; each is opened again and compared.
 
     Args:
-        source: a LoRA file.
         save_to: the files' common name, to which the rank is added; the suffix decides the format.
         unit: step of the ranks.
+        progress: called with the files done and their number.
 
     Returns:
-        The files, lowest rank first.
+        Rank -> file, lowest rank first.
 
     Raises:
         UserError: a source that cannot be cut so, or a place that cannot be written to; before anything is written where
             that can be told.
     """
-    file = read_low_rank_file(source)
     places = {rank: file_of_rank(save_to, rank) for rank in file.ranks(unit)}
     for place in (save_to, *places.values()):
-        if place.exists() and place.samefile(source):
+        if place.exists() and place.samefile(file.path):
             raise UserError(f"{place.name} is the file to cut", where=f"--save_to {save_to}", remedy="give another name")
-    for rank, place in places.items():
+    for done, (rank, place) in enumerate(places.items(), start=1):
         _write(place, file.tensors_at(rank), file.metadata_at(rank, place.stem))
-    return list(places.values())
+        if progress is not None:
+            progress(done, len(places))
+    return places
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

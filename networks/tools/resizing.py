@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +28,8 @@ from networks.formats.readers import readers_sentence, readings
 from networks.formats.traits import read_header
 from networks.tools.conversion import DOWN, UP, LayerError, LayerTensors, SourceLayer, with_alpha
 from networks.tools.file_conversion import flat, prove, rounded
+from networks.tools.layer_errors import Kept, approximation_panels, layers_content, relative_error, table_of_parts
+from networks.tools.reports import ToolReport
 
 if TYPE_CHECKING:
     from library.families.family import ModelFamily
@@ -48,6 +50,7 @@ class Resizing:
         param: what the method keeps to; see `rank_for`.
         dtype: of the numbers.
         device: of the decompositions.
+        verbose: tell of each layer what is retained of its singular values.
     """
 
     source: Path
@@ -58,6 +61,7 @@ class Resizing:
     param: float = 0.0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,42 +87,6 @@ class Resized:
         """Frobenius norms of what was left out and of the whole."""
         values = self.values.double()
         return float(values[self.rank :].norm()), float(values.norm())
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResizeReport:
-    """The result of a run.
-
-    Attributes:
-        layers: what became of each, in the file's order.
-        errors: layer -> norms of what it lost, rounding included, and of what it was; of the file that was written.
-        alpha: of all layers.
-        lines: for the screen; the last says who reads the file rightly.
-    """
-
-    layers: tuple[Resized, ...]
-    errors: Mapping[str, tuple[float, float]]
-    alpha: float
-    lines: tuple[str, ...]
-
-    def as_json(self) -> dict[str, object]:
-        """The whole of it."""
-        return {
-            "alpha": self.alpha,
-            "relative_error": _share(*_together(self.errors.values())),
-            "layers": {
-                layer.name: {
-                    "rank": layer.rank,
-                    "relative_error": _share(*self.errors[layer.name]),
-                    "norm": self.errors[layer.name][1],
-                    **retained(layer),
-                    "singular_values": [float(value) for value in layer.values],
-                }
-                for layer in self.layers
-                if layer.rank
-            },
-            "kept_as_they_are": [layer.name for layer in self.layers if not layer.rank],
-        }
 
 
 def rank_for(values: Tensor, limit: int, method: DynamicMethod | None, param: float) -> int:
@@ -157,7 +125,7 @@ def retained(layer: Resized) -> dict[str, float]:
 
 
 @torch.no_grad()
-def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | None = None) -> ResizeReport:
+def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | None = None) -> ToolReport:
     """Write a file at lower ranks, and open it again.
 
     Args:
@@ -183,16 +151,24 @@ def resize_file(options: Resizing, *, progress: Callable[[int, int], None] | Non
         saved = {key: rounded(value, options.dtype) for key, value in meant.items()}
         return saved, _norms(layer, meant, saved) if layer.rank else (0.0, 0.0)
 
-    written, errors = {}, {}
-    for layer, (saved, norms) in zip(layers, over_cores(finish, layers), strict=True):
+    written, kept = {}, {}
+    for layer, (saved, (lost, had)) in zip(layers, over_cores(finish, layers), strict=True):
         written[layer.name] = saved
         if layer.rank:
-            errors[layer.name] = norms
+            kept[layer.name] = Kept(rank=layer.rank, lost=lost, had=had)
     with one_thread():
         save_tensors(options.target, flat(written), None, _metadata(file.metadata, layers, alpha, options))
         prove(options.target, flat(written), written, family)
-    lines = (*default_lines(file, family), *_lines(options, layers, errors, alpha, family))
-    return ResizeReport(layers=layers, errors=errors, alpha=alpha, lines=lines)
+    spectra = {layer.name: layer.values.tolist() for layer in layers if layer.rank}
+    return ToolReport(
+        lines=[
+            *(_verbose_lines(layers) if options.verbose else ()),
+            *default_lines(file, family),
+            *_lines(options, layers, kept, alpha, family),
+        ],
+        content=lambda: _content(layers, kept, spectra, alpha),
+        panels=lambda: approximation_panels(kept, spectra, family),
+    )
 
 
 def _resized_layers(
@@ -251,15 +227,6 @@ def _norms(layer: Resized, meant: LayerTensors, written: LayerTensors) -> tuple[
     return math.hypot(lost, abs(scale) * math.sqrt(squared)), had
 
 
-def _together(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    lost, had = zip(*norms, strict=True)
-    return math.hypot(*lost), math.hypot(*had)
-
-
-def _share(lost: float, had: float) -> float:
-    return lost / had if had else 0.0
-
-
 def _ranks(layers: tuple[Resized, ...]) -> set[int]:
     return {layer.rank for layer in layers if layer.rank}
 
@@ -283,7 +250,19 @@ def _metadata(source: Mapping[str, str], layers: tuple[Resized, ...], alpha: flo
     return kept
 
 
-def verbose_lines(layers: tuple[Resized, ...]) -> Iterator[str]:
+def _content(
+    layers: tuple[Resized, ...], kept: Mapping[str, Kept], spectra: Mapping[str, list[float]], alpha: float
+) -> dict[str, object]:
+    shares = {layer.name: retained(layer) for layer in layers if layer.rank}
+    return {
+        "alpha": alpha,
+        "relative_error": relative_error(kept.values()),
+        "layers": {name: {**content, **shares[name]} for name, content in layers_content(kept, spectra).items()},
+        "kept_as_they_are": [layer.name for layer in layers if not layer.rank],
+    }
+
+
+def _verbose_lines(layers: tuple[Resized, ...]) -> Iterator[str]:
     """A line for each layer: what of its singular values is retained, and its rank."""
     width = max(len(layer.name) for layer in layers)
     for layer in layers:
@@ -298,22 +277,11 @@ def verbose_lines(layers: tuple[Resized, ...]) -> Iterator[str]:
 def _lines(
     options: Resizing,
     layers: tuple[Resized, ...],
-    errors: Mapping[str, tuple[float, float]],
+    kept: Mapping[str, Kept],
     alpha: float,
     family: ModelFamily,
 ) -> Iterator[str]:
-    yield f"{'part':<14}{'layers':>7}{'ranks':>10}{'relative error':>16}{'largest':>10}"
-    shown = {"all": list(errors)}
-    for part, prefixes in (("text encoder", family.text_encoder_prefixes), ("U-Net", (family.denoiser_prefix,))):
-        shown[part] = [name for name in errors if name.startswith(tuple(f"{prefix}_" for prefix in prefixes))]
-    rank_of = {layer.name: layer.rank for layer in layers}
-    for part in ("text encoder", "U-Net", "all"):
-        if shown[part]:
-            ranks = sorted({rank_of[name] for name in shown[part]})
-            spread = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-            whole = _share(*_together(errors[name] for name in shown[part]))
-            worst = max(_share(*errors[name]) for name in shown[part])
-            yield f"{part:<14}{len(shown[part]):>7}{spread:>10}{whole:>16.4g}{worst:>10.3g}"
+    yield from table_of_parts(kept, family)
     magnitudes = sum("dora_scale" in layer.tensors for layer in layers)
     if magnitudes:
         yield f"{counted(magnitudes, 'layer')} of DoRA: magnitudes are kept, the error is that of the change before them"

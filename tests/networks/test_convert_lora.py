@@ -63,7 +63,9 @@ def files(parts, tmp_path_factory):
 def convert(capsys, source, target, *arguments):
     capsys.readouterr()
     assert work(["--model", str(source), "--save_to", str(target), *map(str, arguments)]) == 0
-    return capsys.readouterr().out.splitlines()
+    progress, *lines = capsys.readouterr().out.splitlines()
+    assert progress.startswith("layers: ")
+    return lines
 
 
 def metadata_of(path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from library.checkpoints.hashes import sshs_hashes
 from networks import dylora, loha, lora
 from networks.extract_lora_from_dylora import work
-from networks.tools.rank_cutting import cut_file, cut_layer
+from networks.tools.rank_cutting import cut_layer, read_low_rank_file, write_ranks
 from tests.networks.cases import acting, attached, layer_and_input, stream
 from tests.networks.test_dylora import module
 from tests.support.command_lines import assert_refused, run_script
@@ -38,6 +38,11 @@ def trained(sd1, perturb, tmp_path):
     path = tmp_path / "ball.safetensors"
     perturb(network).save_weights(path, None, METADATA)
     return network, path
+
+
+def cut_file(source, save_to, unit):
+    """The files of all ranks, lowest first."""
+    return list(write_ranks(read_low_rank_file(source), save_to, unit).values())
 
 
 def header(path) -> dict[str, str]:

@@ -37,7 +37,7 @@ def test_the_merged_layer_is_the_sum_with_any_other(first, kind):
     for second in [case for case in CASES if kind in case.layers and kind in first.layers]:
         ratios, ((one, weight), (other, _)) = next(RATIOS), (source(first, kind, 1), source(second, kind, 2))
         change = wanted_change([(ratios[0], one), (ratios[1], other)], Arithmetic())
-        tensors = tensors_of(change, None)
+        tensors, _ = tensors_of(change, None)
         meant = adapter_of_layer("layer", tensors, change.spec).delta_weight(weight)
         deltas = [each.known_adapter().delta_weight(weight).double() for each in (one, other)]
         expected = ratios[0] * deltas[0] + ratios[1] * deltas[1]
@@ -53,7 +53,7 @@ def test_the_merged_layer_is_the_sum_with_any_other(first, kind):
 def test_cut_by_thin_factors_the_sum_is_that_of_the_dense_computation(kind, rank):
     one, other = (source(CASES[0], kind, seed)[0] for seed in (1, 2))
     change = wanted_change([(0.7, one), (-1.2, other)], Arithmetic())
-    tensors = tensors_of(change, RankLimit(rank=rank, conv_rank=rank))
+    tensors, _ = tensors_of(change, RankLimit(rank=rank, conv_rank=rank))
     dense = 0.7 * one.delta().double() - 1.2 * other.delta().double()
     left, values, right = torch.linalg.svd(dense.flatten(1), full_matrices=False)
     best = (left[:, :rank] * values[:rank]) @ right[:rank]
@@ -69,7 +69,7 @@ def test_a_conv_rank_is_that_of_kernels_alone():
     limit = RankLimit(rank=2, conv_rank=3)
     for kind, rank in (("linear", 2), ("conv 1x1", 2), ("conv 3x3", 3)):
         change = wanted_change([(1.0, source(CASES[0], kind, 1)[0])], Arithmetic())
-        assert len(tensors_of(change, limit)[DOWN]) == rank
+        assert len(tensors_of(change, limit)[0][DOWN]) == rank
 
 
 # Methods that look at single values
@@ -111,7 +111,7 @@ def test_a_method_acts_on_the_change_of_the_weight():
     change = wanted_change([(1.0, one), (0.5, other)], Arithmetic(method=method))
     expected = method.combine("layer", [one.delta(), other.delta()], [1.0, 0.5])
     torch.testing.assert_close(change.matrix(), expected.flatten(1))
-    written = written_change(tensors_of(change, RankLimit(rank=4, conv_rank=4)), change.spec)
+    written = written_change(tensors_of(change, RankLimit(rank=4, conv_rank=4))[0], change.spec)
     values = svd(expected.flatten(1))[1]
     assert change.distance(written) == pytest.approx(float(values[4:].norm()), rel=1e-4)
 
