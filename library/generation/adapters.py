@@ -1,7 +1,7 @@
 """The adapters that pictures are made with, and how strongly each acts on each row of a batch at each step.
 
-A row is one text for the denoiser; the rows of a batch may have different adapters. Nothing of this touches the base
-model's weights: adapters stand on its layers as hooks while a picture wants them, and are taken off again.
+A row is one text for the denoiser; the rows of a batch may have different adapters. Adapters stand on the base model's layers
+as hooks while a picture wants them, or go into its weights where that is asked for; then the weights come back bit for bit.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class AdapterRack:
         find: the file that a tag names.
         load: a network that is not attached, from a file and a rank.
         device: where rows are computed.
-        merges: put adapters whose strength stays the same into the weights for the time of a batch, where rows allow it.
+        merges: put adapters whose strength stays the same into the weights while pictures want them, where rows allow it.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class AdapterRack:
         self.merges = merges
         self._networks: dict[AdapterKey, Any] = {}
         self._turned: dict[AdapterKey, _Turn] = {}
+        self._in_weights: Acting = NOBODY
+        self._merged: list[AdapterNetwork] = []
 
     # What acts where
 
@@ -194,34 +196,38 @@ class AdapterRack:
         try:
             yield
         finally:
-            for network in self._networks.values():
-                if isinstance(network, AdapterNetwork):
-                    network.detach()
-            self._turned.clear()
+            self._take_off()
 
-    @contextlib.contextmanager
-    def merged(self, rows: Sequence[Acting]) -> Iterator[bool]:
-        """Adapters in the weights for the time of a batch, where that gives the same; tells whether it does.
+    def _take_off(self) -> None:
+        """Leave the model without adapters; those of other packages stay as they are."""
+        while self._merged:
+            self._merged.pop().unmerge()
+        self._in_weights = NOBODY
+        for network in self._networks.values():
+            if isinstance(network, AdapterNetwork):
+                network.detach()
+        self._turned.clear()
 
-        Rows have to have the same adapters at strengths that stay the same at every step.
+    def merge(self, rows: Sequence[Acting]) -> bool:
+        """Have the adapters of a batch in the weights instead of on the rows, where that gives the same; tells whether it does.
+
+        Rows have to have the same adapters at strengths that stay the same at every step. What is in the weights stays there
+        until another batch comes, or the model is given back.
         """
-        acting = rows[0]
-        steady = all(each.is_constant for uses in acting.values() for each in uses)
-        networks = {key: self.network(key) for key in acting}
-        fits = all(row == acting for row in rows) and all(isinstance(each, AdapterNetwork) for each in networks.values())
-        if not (self.merges and acting and steady and fits):
-            yield False
-            return
-        for key, now in strengths_at(acting, 0, 1).items():
-            *places, outside = now.denoiser
-            networks[key].set_multipliers(text_encoder=now.text_encoder, denoiser=outside, blocks=places)
-        done = []
-        try:
-            for network in networks.values():
+        wanted = rows[0] if self._can_merge(rows) else NOBODY
+        if wanted != self._in_weights:
+            self._take_off()
+            for key, now in strengths_at(wanted, 0, 1).items():
+                *places, outside = now.denoiser
+                network = self.network(key)
+                network.set_multipliers(text_encoder=now.text_encoder, denoiser=outside, blocks=places)
                 network.merge()
-                done.append(network)
-            yield True
-        finally:
-            for network in reversed(done):
-                network.unmerge()
-            self._turned.clear()
+                self._merged.append(network)
+            self._in_weights = wanted
+        return bool(wanted)
+
+    def _can_merge(self, rows: Sequence[Acting]) -> bool:
+        if not self.merges or any(row != rows[0] for row in rows):
+            return False
+        steady = all(each.is_constant for uses in rows[0].values() for each in uses)
+        return steady and all(isinstance(self.network(key), AdapterNetwork) for key in rows[0])

@@ -219,7 +219,8 @@ class Pipeline:
             hooks.before_encoding(requests)
             acting = [row.acting for request in requests for row in self._rows(request, maps=False)]
             shrunk = deep_shrink(self.models.denoiser, requests[0].deep_shrink)
-            with self._rack.merged(acting) as merged, shrunk:
+            merged = self._rack.merge(acting)
+            with shrunk:
                 latents = self._drawn(requests, hooks, merged=merged)
         if not torch.isfinite(latents).all():
             raise UserError(

@@ -184,6 +184,24 @@ def test_weights_rewritten_for_a_batch_draw_the_same(models, files, base):
     assert np.abs(attached - merged).max() <= 1
 
 
+def test_hooks_of_one_batch_do_not_reach_the_next_that_has_its_adapters_in_the_weights(models, files):
+    prompts = ["a red cat<lora:lora:0@0,1@1>", "a red cat<lora:plain:1>", "a red cat<lora:lora:0.2@0,0.7@1>", "a red cat"]
+    requests = [replace(ASKED, prompt=prompt) for prompt in prompts]
+    rack = load_rack(AdapterOptions(merge_for_batches=True), models, find=lambda tag: files[tag.name])
+    for prompt, picture in zip(prompts, Pipeline(models, rack=rack).generate(requests), strict=True):
+        assert np.abs(np.asarray(picture).astype(int) - draw(models, files, prompt)).max() <= 1
+
+
+def test_adapters_go_into_the_weights_once_for_all_pictures_that_want_them(models, files, monkeypatch):
+    merged = []
+    merge = AdapterNetwork.merge
+    monkeypatch.setattr(AdapterNetwork, "merge", lambda network: [merged.append(network), merge(network)])
+    requests = [replace(ASKED, prompt=f"a red cat<lora:{name}:1>", steps=1) for name in ("plain", "lora", "plain")]
+    rack = load_rack(AdapterOptions(merge_for_batches=True), models, find=lambda tag: files[tag.name])
+    Pipeline(models, rack=rack).generate(requests)
+    assert len(merged) == len(set(merged)) == 2
+
+
 def test_a_prompt_takes_the_place_of_the_strengths_of_the_command_line(models, files):
     networks = [NetworkUse(file=files["plain"], strength=0.9), NetworkUse(file=files["glora"], strength=0.9)]
     asked = draw(models, files, "a red cat", networks=networks, network_strengths=(0.5,))
