@@ -104,6 +104,29 @@ def test_typed_prompts_survive_mistakes(command, capsys, monkeypatch):
     assert [sentence.split(": ")[1].split(",")[0] for sentence in said.err.splitlines()] == ["prompt 2", "prompt 3"]
 
 
+UNDRAWABLE = "a <lora:hero:1e38> --d 3"
+"""What only drawing finds out: numbers that are none."""
+
+
+def test_a_line_that_fails_while_it_is_drawn_leaves_the_others_their_pictures(command, capsys, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(f"\ufeffa cat --d 1\r\n{UNDRAWABLE}\r\na house --d 5\r\n".encode())
+    arguments = [*command, "--from_file", prompts, "--batch_size", 3, *SMALL]
+    assert gen_img_diffusers.main(list(map(str, arguments))) == 2
+    said = capsys.readouterr()
+    assert [read_recipe(path)[0].seed for path in pictures_in(command[5])] == [1, 5]
+    (sentence,) = said.err.splitlines()
+    assert sentence.startswith(f"gen_img_diffusers: --from_file {prompts}, line 2: the picture of seed 3")
+    assert said.out.splitlines()[-1].startswith("2 pictures in ")
+
+
+def test_typed_prompts_survive_what_only_drawing_finds_out(command, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{UNDRAWABLE}\na house --d 5\n"))
+    assert gen_img_diffusers.main([*map(str, command), "--interactive", *SMALL]) == 0
+    assert [read_recipe(path)[0].seed for path in pictures_in(command[5])] == [5]
+    assert "gen_img_diffusers: prompt 1: the picture of seed 3" in capsys.readouterr().err
+
+
 def test_a_folder_is_listed_with_its_broken_files_and_nothing_else_is_done(shelf, capsys):
     assert gen_img_diffusers.main(["--list_loras", "--lora_dir", str(shelf)]) == 0
     titles, *lines, last = capsys.readouterr().out.splitlines()
@@ -164,6 +187,21 @@ def test_both_stages_are_saved_on_request(command):
         ("im_0000001.png", 64),
         ("im_000001.png", 128),
     ]
+
+
+def test_first_stages_are_named_as_their_pictures(command, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a --d 3\nb --d 3\nc --d 3 --f epoch_v1.5\n")
+    draw(*command, "--from_file", prompts, "--highres_fix_scale", 0.5, "--highres_fix_steps", 1, "--highres_fix_save_1st",
+         *("--W", 128, "--H", 128, "--steps", 1, "--sequential_file_name", "--batch_size", 3))  # fmt: skip
+    assert {path.name: read_recipe(path)[0].prompt for path in pictures_in(command[5])} == {
+        "im_0000001.png": "a",
+        "im_000001.png": "a",
+        "im_0000002.png": "b",
+        "im_000002.png": "b",
+        "epoch_v1.5_0.png": "c",
+        "epoch_v1.5.png": "c",
+    }
 
 
 def test_words_of_embeddings_act_from_files_and_from_adapters(command, shelf, tmp_path, monkeypatch):

@@ -550,6 +550,7 @@ _PARTS_OF: dict[str, tuple[str, ...]] = {
     "ds_depth_1": ("ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"),
     "gradual_latent_timesteps": (*("gradual_latent_ratio", "gradual_latent_ratio_step", "gradual_latent_every_n_steps"),),
     "highres_fix_scale": ("highres_fix_steps", "highres_fix_disable_control_net"),
+    "mask_path": ("network_regional_mask_max_color_codes",),
 }
 
 

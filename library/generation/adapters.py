@@ -176,7 +176,6 @@ class AdapterRack:
         if self._turned.get(key) == turn:
             return
         network = self.network(key)
-        self._turned[key] = turn
         if not isinstance(network, AdapterNetwork):
             network.set_multiplier(turn.single(key))
         elif turn.acts:
@@ -186,6 +185,7 @@ class AdapterRack:
             network.attach()
         else:
             network.detach()
+        self._turned[key] = turn
 
     def _per_row(self, values: Sequence[float]) -> float | torch.Tensor:
         return values[0] if len(set(values)) == 1 else torch.tensor(values, device=self._device)

@@ -71,6 +71,7 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
         iterations=pictures.iterations,
         same_seed=pictures.same_seed,
         shuffled=pictures.shuffled,
+        networks=len(options.adapters.networks) - options.adapters.merged,
         wildcards=wildcards,
         complete=adapters.complete,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,9 +43,14 @@ def typed_pictures(run: CheckedRun) -> Iterator[list[PlannedPicture]]:
         seed = random.SystemRandom().randrange(SEEDS) if run.options.pictures.seed is None else run.plan.seed + number - 1
         plan = Plan(**{**vars(run.plan), "seed": seed % SEEDS, "iterations": 1})
         pictures = [] if line is None else planned_pictures([line], run.defaults, plan, problems)
-        for problem in problems:
-            print(f"gen_img_diffusers: {problem}", file=sys.stderr, flush=True)
+        tell(problems)
         yield pictures
+
+
+def tell(problems: Sequence[UserError]) -> None:
+    """Say what cannot be drawn, while the rest is."""
+    for problem in problems:
+        print(f"gen_img_diffusers: {problem}", file=sys.stderr, flush=True)
 
 
 def _nothing(*_: Any) -> None:
@@ -55,6 +61,8 @@ class Drawing:
     """Draws pictures and saves each as soon as it is there.
 
     Args:
+        left_out: gets what is wrong with pictures that cannot be drawn, which is told at once; the others are drawn then.
+            Without it the first such ends all.
         name: of each picture's file; without it as the options want it.
         saved: is told each picture and its path.
     """
@@ -64,10 +72,11 @@ class Drawing:
         run: CheckedRun,
         pipeline: Pipeline,
         *,
+        left_out: list[UserError] | None = None,
         name: Namer | None = None,
         saved: Callable[[PlannedPicture, Path], None] = _nothing,
     ) -> None:
-        self._run, self._pipeline, self._saved = run, pipeline, saved
+        self._run, self._pipeline, self._left_out, self._saved = run, pipeline, left_out, saved
         self._name: Namer = name or namer(run.options.output)
         self._recipes = RecipeWriter(run.options, run.base_model, run.adapters)
         self._number = 0
@@ -84,9 +93,11 @@ class Drawing:
         progress = DrawingProgress(requests, len(pictures))
         hooks = Hooks(before_step=progress.before_step)
         if options.output.save_first_stage:
-            hooks = Hooks(before_step=progress.before_step, first_stage=self._save_first_stage)
+            hooks = replace(hooks, first_stage=partial(self._save_first_stage, pictures))
+        failed = None if self._left_out is None else partial(self._leave_out, pictures)
+        count = 0
         try:
-            drawn = self._pipeline.stream(requests, batch_size=options.pictures.batch_size, hooks=hooks)
+            drawn = self._pipeline.stream(requests, batch_size=options.pictures.batch_size, hooks=hooks, failed=failed)
             for number, image in drawn:
                 if number >= len(pictures):
                     comparisons.base_drawn(number - len(pictures), image)
@@ -95,12 +106,13 @@ class Drawing:
                 path = self._name(self._number + number, picture, "")
                 write_png(path, image, picture.request, self._recipes.made_with(picture))
                 progress.drawn(path)
+                count += 1
                 self._saved(picture, path)
                 comparisons.picture_saved(number, path)
         finally:
             progress.close()
         self._number += len(pictures)
-        return len(pictures)
+        return count
 
     def _learn(self, files: Sequence[Path]) -> None:
         """Teach the text encoder the words that come with adapter files."""
@@ -110,6 +122,19 @@ class Drawing:
             print(note)
         self._learned.update(files)
 
-    def _save_first_stage(self, request: ImageRequest, image: Image) -> None:
-        picture = PlannedPicture(request=request, raw_prompt=request.prompt)
-        write_png(self._name(self._number, picture, "0"), image, request, self._recipes.made_with(picture))
+    def _leave_out(self, pictures: Sequence[PlannedPicture], number: int, error: UserError) -> None:
+        assert self._left_out is not None
+        place = pictures[number].where if number < len(pictures) else "--compare_base"
+        problems = [
+            UserError(each.what, where=f"{place}, {each.where}" if each.where else place, remedy=each.remedy)
+            for each in error.problems
+        ]
+        tell(problems)
+        self._left_out += problems
+
+    def _save_first_stage(
+        self, pictures: Sequence[PlannedPicture], request: ImageRequest, first: ImageRequest, image: Image
+    ) -> None:
+        number = next(number for number, picture in enumerate(pictures) if picture.request is request)
+        picture = replace(pictures[number], request=first)
+        write_png(self._name(self._number + number, picture, "0"), image, first, self._recipes.made_with(picture))

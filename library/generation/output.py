@@ -26,7 +26,8 @@ def namer(options: OutputOptions) -> Namer:
     def name(number: int, picture: PlannedPicture, stage: str) -> Path:
         stem = None
         if picture.file_name is not None:
-            stem = Path(picture.file_name).stem
+            name, dot, ending = picture.file_name.rpartition(".")
+            stem = name if dot and ending.lower() == "png" else picture.file_name
         elif options.original_names and picture.request.image is not None:
             stem = Path(picture.request.image).stem
         if stem is None:

@@ -59,13 +59,13 @@ class Hooks:
         batch_key: requests go into one batch only if this is equal for them.
         before_encoding: called with the requests of a batch before their texts are encoded.
         before_step: called before every call of the denoiser.
-        first_stage: called with each request drawn in two stages and the picture of its first.
+        first_stage: called with each request drawn in two stages, that of its first stage, and the picture of that.
     """
 
     batch_key: Callable[[ImageRequest], Hashable] = _nothing
     before_encoding: Callable[[Sequence[ImageRequest]], None] = _nothing
     before_step: Callable[[Step], None] = _nothing
-    first_stage: Callable[[ImageRequest, Image], None] = _nothing
+    first_stage: Callable[[ImageRequest, ImageRequest, Image], None] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,17 +171,46 @@ class Pipeline:
         return [pictures[number] for number in range(len(requests))]
 
     def stream(
-        self, requests: Sequence[ImageRequest], *, batch_size: int = 1, hooks: Hooks | None = None
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        batch_size: int = 1,
+        hooks: Hooks | None = None,
+        failed: Callable[[int, UserError], None] | None = None,
     ) -> Iterator[tuple[int, Image]]:
         """(number of the request, picture) as they are made; those that fit into one batch are made together.
 
         The models are given back when the iterator ends or is closed.
+
+        Args:
+            failed: is told the number of each request that cannot be drawn, and why; without it the first such ends all.
         """
         hooks = hooks or Hooks()
         with self._borrowed_models(), self._rack.borrowed():
             self._encoder.forget()
             for numbers in self._batches(requests, batch_size, hooks):
-                yield from zip(numbers, self._make_batch([requests[number] for number in numbers], hooks), strict=True)
+                yield from self._attempted(requests, numbers, hooks, failed)
+
+    def _attempted(
+        self,
+        requests: Sequence[ImageRequest],
+        numbers: Sequence[int],
+        hooks: Hooks,
+        failed: Callable[[int, UserError], None] | None,
+    ) -> Iterator[tuple[int, Image]]:
+        """The pictures of a batch; where it cannot be drawn, each of them alone."""
+        try:
+            images = self._make_batch([requests[number] for number in numbers], hooks)
+        except UserError as error:
+            if failed is None:
+                raise
+            if len(numbers) == 1:
+                failed(numbers[0], error)
+                return
+            for number in numbers:
+                yield from self._attempted(requests, [number], hooks, failed)
+            return
+        yield from zip(numbers, images, strict=True)
 
     def _batches(self, requests: Sequence[ImageRequest], batch_size: int, hooks: Hooks) -> Iterator[list[int]]:
         """Numbers of requests whose sampling goes through the same steps; groups in order of their first request."""
@@ -273,8 +302,8 @@ class Pipeline:
         width, height = requests[0].width, requests[0].height
         if hooks.first_stage is not _nothing or not requests[0].highres_latents:
             pictures = list(self._codec.decode(small))
-            for first, picture in zip(firsts, pictures, strict=True):
-                hooks.first_stage(first, picture)
+            for request, first, picture in zip(requests, firsts, pictures, strict=True):
+                hooks.first_stage(request, first, picture)
         if requests[0].highres_latents:
             size = (height // LATENT_FACTOR, width // LATENT_FACTOR)
             latents = nn.functional.interpolate(small, size=size, mode="bicubic", align_corners=False)

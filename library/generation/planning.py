@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from library.errors import UserError, attempt, counted
+from library.errors import UserError, attempt, counted, raise_all
 from library.generation.prompt_options import PromptLine
 from library.generation.requests import ImageRequest, floored_size
 from library.prompts.choices import Wildcards, enumerate_choices, expand_choices
@@ -31,11 +31,13 @@ class PlannedPicture:
     Attributes:
         raw_prompt: before choices were made.
         file_name: that its line asks for; None leaves it to the command.
+        where: how a sentence names its line.
     """
 
     request: ImageRequest
     raw_prompt: str
     file_name: str | None = None
+    where: str = "prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Plan:
         iterations: of the whole list, each time with other seeds.
         same_seed: one seed for all pictures of an iteration.
         shuffled: lines in another order in each iteration.
+        networks: how many adapters of the command line have a strength that a prompt may change.
         wildcards: of the prompts; None for none.
         complete: checks a prompt, given with its place for sentences, and adds what it needs beside, such as trigger words.
     """
@@ -57,6 +60,7 @@ class Plan:
     iterations: int = 1
     same_seed: bool = False
     shuffled: bool = False
+    networks: int = 0
     wildcards: Wildcards | None = None
     complete: Callable[[str, str], str] = lambda prompt, _: prompt
 
@@ -115,7 +119,44 @@ def _planned(line: PromptLine, raw_prompt: str, defaults: Settings, seed: int, p
         "negative_prompt": chosen(negative, stream_seed(seed, "negative prompt"), f"{line.where}, --n"),
     }
     line = replace(line, prompt=plan.complete(prompt, line.where), settings=settings)
-    return PlannedPicture(request=_request(line, defaults, seed), raw_prompt=raw_prompt, file_name=line.file_name)
+    request = _request(line, defaults, seed)
+    if not line.literal:
+        _check_effects(line, {**defaults, **line.settings}, plan.networks)
+    return PlannedPicture(request=request, raw_prompt=raw_prompt, file_name=line.file_name, where=line.where)
+
+
+def _check_effects(line: PromptLine, settings: Settings, networks: int) -> None:
+    """Refuse what a line says that would change nothing.
+
+    Args:
+        settings: of the command, and of the line before those.
+
+    Raises:
+        UserError: all of it.
+    """
+    problems: list[UserError] = []
+    for needed, remedy, options in _PARTS:
+        if all(settings.get(name) is None for name in needed):
+            given = [f"--{option}" for option, field in options.items() if line.settings.get(field) is not None]
+            problems += [UserError("has no effect", where=f"{line.where}, {option}", remedy=remedy) for option in given]
+    strengths = line.settings.get("network_strengths", ())
+    if strengths and not networks:
+        what, remedy = "there is no adapter that this could act on", "name it with --network_weights, without merging it"
+        problems.append(UserError(what, where=f"{line.where}, --am", remedy=remedy))
+    elif len(strengths) > networks:
+        what = f"{counted(len(strengths), 'strength')} for {counted(networks, 'adapter')}"
+        problems.append(UserError(what, where=f"{line.where}, --am", remedy="give one for each adapter"))
+    raise_all(problems)
+
+
+_SHRINKING = {"dst1": "shrink_until_1", "dsd2": "shrink_depth_2", "dst2": "shrink_until_2", "dsr": "shrink_ratio"}
+_GROWING = {"glr": "growth_ratio", "gls": "growth_step", "gle": "growth_every"}
+_PARTS: tuple[tuple[tuple[str, ...], str, Mapping[str, str]], ...] = (
+    (("image", "highres_scale"), "give a picture with --image_path, or --highres_fix_scale", {"t": "strength"}),
+    (("shrink_depth_1",), "give --dsd1 too", _SHRINKING),
+    (("growth_below",), "give --glt too", _GROWING),
+)
+"""Fields of which one is needed, what to do without, and the options in prompts that do nothing then."""
 
 
 def preview_requests(lines: Sequence[PromptLine], defaults: Settings, *, seed: int) -> list[ImageRequest]:

@@ -123,6 +123,8 @@ def _texts_of(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
     """Keyword -> text of a picture, and its size; the one text of a JPEG or WebP is `parameters`."""
     from PIL import Image
 
+    if not path.is_file():
+        raise UserError("no such file", where=str(path))
     try:
         with Image.open(path) as image:
             image.load()

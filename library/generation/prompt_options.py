@@ -108,10 +108,13 @@ def _share(text: str) -> float:
     return value
 
 
+_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
 def _file_name(text: str) -> str:
     if not text or Path(text).name != text or text in (".", ".."):
         raise ValueError(f"{text!r} is not a file name; pictures go into --outdir")
-    if Path(text).suffix.lower() not in ("", ".png"):
+    if Path(text).suffix.lower() in _OTHER_FORMATS:
         raise ValueError(f"{text!r} is no PNG file; pictures are written as PNG, which holds their recipes")
     return text
 
@@ -172,8 +175,8 @@ def parse_prompt_line(line: str, *, where: str, options: Mapping[str, PromptOpti
     values: dict[str, Any] = {}
     problems: list[UserError] = []
     for piece in pieces:
-        name, _, value = piece.strip().partition(" ")
-        _set_option(values, name.lower(), value.strip(), options, f"{where}, --{name}", problems)
+        name, *rest = piece.split(maxsplit=1)
+        _set_option(values, name.lower(), "".join(rest).strip(), options, f"{where}, --{name}", problems)
     problems += _tags_without_effect(text, values, where, options)
     raise_all(problems)
     return _line(text, values, where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from library.errors import UserError, counted, raise_all
 from library.generation.checked_run import CheckedRun, check_run
 from library.generation.comparing import check_comparisons
-from library.generation.drawing import Drawing, typed_pictures
+from library.generation.drawing import Drawing, tell, typed_pictures
 from library.generation.made_with import RecipeWriter
 from library.generation.options import AdapterOptions, GenerationOptions
 from library.generation.planning import PlannedPicture, planned_pictures
@@ -43,17 +42,18 @@ def run_generation(options: GenerationOptions) -> int:
         check_comparisons(pictures, options)
     for note in [*notes, *run.notes]:
         print(note)
-    for problem in _each_once(left_out):
-        print(f"gen_img_diffusers: {problem}", file=sys.stderr)
-    count = draw_grids(run, pictures) if options.pictures.axes else _draw_single(run, pictures)
+    tell(_each_once(left_out))
+    count = draw_grids(run, pictures) if options.pictures.axes else _draw_single(run, pictures, left_out)
     seconds = time.perf_counter() - started
     print(f"{counted(count, 'picture')} in {options.output.folder} ({seconds:.1f} s)")
     return LINES_LEFT_OUT if left_out else 0
 
 
-def _draw_single(run: CheckedRun, pictures: Sequence[PlannedPicture]) -> int:
-    drawing = Drawing(run, _loaded(run))
-    return sum(map(drawing.draw, typed_pictures(run) if run.options.pictures.interactive else [pictures]))
+def _draw_single(run: CheckedRun, pictures: Sequence[PlannedPicture], left_out: list[UserError]) -> int:
+    if run.options.pictures.interactive:
+        # mistakes in typing are told, and are no failure of the run
+        return sum(map(Drawing(run, _loaded(run), left_out=[]).draw, typed_pictures(run)))
+    return Drawing(run, _loaded(run), left_out=left_out).draw(pictures)
 
 
 def draw_grids(run: CheckedRun, pictures: Sequence[PlannedPicture]) -> int:

@@ -1,15 +1,19 @@
 """An adapter file acts in our pipeline as it does in diffusers with peft."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from library.errors import UserError
+from library.generation.adapters import AdapterKey, AdapterRack
 from library.generation.loading import load_rack
 from library.generation.options import AdapterOptions, NetworkUse
 from library.generation.pipeline import Pipeline, PipelineModels
 from library.generation.requests import ImageRequest
+from library.prompts.strengths import AdapterStrength
 from networks import lora
 from tests.library.generation.conftest import tiny_models
 from tests.library.generation.diffusers_reference import ROUNDING, diffusers_picture
@@ -79,3 +83,27 @@ def test_pictures_with_adapters_are_those_of_diffusers(plain, models, files, str
 
 def test_a_strength_of_zero_is_the_base_model(plain, models, files):
     assert np.array_equal(plain, draw(models, files[:1], (0.0,)))
+
+
+class OneStrength:
+    """A network as those of other packages are."""
+
+    def __init__(self) -> None:
+        self.multiplier = 1.0
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+
+
+def test_a_network_of_one_strength_refuses_rows_of_two_every_time():
+    network, key = OneStrength(), AdapterKey(Path("other.safetensors"), given=0)
+    rack = AdapterRack()
+    rack.add(key, network)
+    half, whole = ({key: (AdapterStrength.constant(value),)} for value in (0.5, 1.0))
+    rack.set_denoiser([half, half], 0, 4)
+    assert network.multiplier == 0.5
+    for _ in range(2):  # a picture that failed is no reason to draw the next one wrongly
+        with pytest.raises(UserError, match="only one strength at a time"):
+            rack.set_denoiser([half, whole], 0, 4)
+    rack.set_denoiser([whole, whole], 0, 4)
+    assert network.multiplier == 1.0

@@ -109,7 +109,8 @@ def test_a_second_stage_begins_from_the_enlarged_first(sd1_models, tmp_path):
     small = replace(ASKED, width=64, height=64, steps=3)
     seen = []
     (picture,) = Pipeline(sd1_models).generate([request], hooks=Hooks(first_stage=lambda *each: seen.append(each)))
-    ((first, shown),) = seen
+    ((asked, first, shown),) = seen
+    assert asked is request
     assert (first.width, first.height, first.steps) == (64, 64, 3)
     assert np.array_equal(np.asarray(shown) / 255, draw(sd1_models, small))
     shown.resize((128, 64), Image.Resampling.LANCZOS).save(tmp_path / "large.png")

@@ -44,6 +44,7 @@ def test_a_plain_prompt_leaves_everything_to_the_command():
 def test_names_are_case_insensitive_and_a_line_may_begin_with_an_option():
     line = parse("--N blurry --W 512")
     assert (line.prompt, line.settings) == ("", {"negative_prompt": "blurry", "width": 512})
+    assert parse("a\t--w\t512").settings == {"width": 512}
 
 
 @pytest.mark.parametrize(
