@@ -1,7 +1,8 @@
 """The adapters that pictures are made with, and how strongly each acts on each row of a batch at each step.
 
-A row is one text for the denoiser; the rows of a batch may have different adapters. Adapters stand on the base model's layers
-as hooks while a picture wants them, or go into its weights where that is asked for; then the weights come back bit for bit.
+A row is one text for the denoiser; the rows of a batch may have different adapters. Adapters stand on the base model's
+layers as hooks while a picture wants them, or go into its weights where that is asked for; afterwards the model is bit for
+bit what it was.
 """
 
 from __future__ import annotations
@@ -180,7 +181,9 @@ class AdapterRack:
             network.set_multiplier(turn.single(key))
         elif turn.acts:
             rows = turn.rows or (NOTHING.denoiser,)
-            *places, outside = (self._per_row(values) for values in zip(*rows, strict=True))
+            columns = list(zip(*rows, strict=True))
+            strengths = {values: self._per_row(values) for values in set(columns)}
+            *places, outside = (strengths[values] for values in columns)
             network.set_multipliers(text_encoder=turn.text_encoder, denoiser=outside, blocks=places)
             network.attach()
         else:
@@ -209,7 +212,7 @@ class AdapterRack:
         self._turned.clear()
 
     def merge(self, rows: Sequence[Acting]) -> bool:
-        """Have the adapters of a batch in the weights instead of on the rows, where that gives the same; tells whether it does.
+        """Have the adapters of a batch in the weights, where that gives the same as hooks; tells whether it does.
 
         Rows have to have the same adapters at strengths that stay the same at every step. What is in the weights stays there
         until another batch comes, or the model is given back.

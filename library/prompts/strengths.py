@@ -88,9 +88,9 @@ class AdapterStrength:
     @property
     def is_nothing(self) -> bool:
         """Whether it is 0 everywhere at every step."""
-        weights = self.block_weights or (1.0,) * len(PLACES)
+        weights, sections = self.block_weights or (1.0,) * len(PLACES), self._sections
         return not any(
-            value for name, weight in zip(PLACES, weights, strict=True) if weight for _, value in self._values(name).points
+            value for name, weight in zip(PLACES, weights, strict=True) if weight for _, value in sections[name[0]].points
         )
 
     def at(self, step: int, steps: int) -> StrengthNow:
@@ -98,12 +98,14 @@ class AdapterStrength:
         if not self._acts(step, steps):
             return NOTHING
         weights = self.block_weights or (1.0,) * len(PLACES)
-        now = [self._values(name).at(step, steps) * weight for name, weight in zip(PLACES, weights, strict=True)]
-        return StrengthNow(now[0], (*now[1:], self.outputs.at(step, steps)))
+        values = {section: value.at(step, steps) for section, value in self._sections.items()}
+        now = [values[name[0]] * weight for name, weight in zip(PLACES, weights, strict=True)]
+        return StrengthNow(now[0], (*now[1:], values["O"]))
 
-    def _values(self, place: str) -> StepValues:
-        """What holds at one of `PLACES`, without its block weight."""
-        return {"B": self.text_encoder, "I": self.inputs, "M": self.middle, "O": self.outputs}[place[0]]
+    @property
+    def _sections(self) -> dict[str, StepValues]:
+        """What holds, without block weights, at those of `PLACES` that begin with a letter."""
+        return {"B": self.text_encoder, "I": self.inputs, "M": self.middle, "O": self.outputs}
 
     def _acts(self, step: int, steps: int) -> bool:
         def reached(bound: float) -> bool:
@@ -129,6 +131,8 @@ class StrengthNow:
     def total(cls, strengths: Iterable[StrengthNow]) -> StrengthNow:
         """The sum, which is how an adapter acts that is asked for several times; nothing of nothing."""
         given = list(strengths) or [NOTHING]
+        if len(given) == 1:
+            return given[0]
         denoiser = tuple(map(sum, zip(*(each.denoiser for each in given), strict=True)))
         return cls(sum(each.text_encoder for each in given), denoiser)
 
