@@ -62,6 +62,13 @@ _PRECISION = OptionGroup(
         Option(name="sdpa", type=FLAG, help="torch's own attention, which is used without this too"),
         Option(name="opt_channels_last", type=FLAG, help="keep the U-Net's weights with their channels last"),
         Option(
+            name="torch_compile",
+            type=FLAG,
+            help="compile the U-Net's blocks, which takes a minute at first; adapters go into the weights as with "
+            "--network_pre_calc, and where they cannot, pictures are drawn without it",
+            extension=True,
+        ),
+        Option(
             name="vae_batch_size",
             type=float,
             help="pictures that the VAE decodes at the same time, or below 1 a share of the batch; 1 without it",
@@ -345,6 +352,7 @@ def _model(parsed: ParsedOptions) -> ModelOptions:
         precision=_precision(parsed),
         xformers=parsed["xformers"] or parsed["diffusers_xformers"],
         channels_last=parsed["opt_channels_last"],
+        compile=parsed["torch_compile"],
         max_chunks=parsed["max_embeddings_multiples"] or 3,
         embeddings=tuple(map(Path, parsed["textual_inversion_embeddings"] or ())),
         vae_batch_size=parsed["vae_batch_size"] or 1,
@@ -569,7 +577,7 @@ def _adapters(parsed: ParsedOptions, problems: list[UserError]) -> AdapterOption
     return AdapterOptions(
         networks=networks,
         merged=merged,
-        merge_for_batches=parsed["network_pre_calc"],
+        merge_for_batches=parsed["network_pre_calc"] or parsed["torch_compile"],
         folder=None if parsed["lora_dir"] is None else Path(parsed["lora_dir"]),
         tag_style=parsed["lora_tag_style"],
         trigger_words=parsed["apply_trigger_words"],

@@ -193,6 +193,11 @@ class AdapterRack:
     def _per_row(self, values: Sequence[float]) -> float | torch.Tensor:
         return values[0] if len(set(values)) == 1 else torch.tensor(values, device=self._device)
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether adapters may act on the model from outside its weights; networks of other packages do not tell."""
+        return any(turn.acts or not isinstance(self._networks[key], AdapterNetwork) for key, turn in self._turned.items())
+
     @contextlib.contextmanager
     def borrowed(self) -> Iterator[None]:
         """The model with adapters as pictures want them, and without any afterwards."""

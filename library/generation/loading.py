@@ -15,6 +15,7 @@ from library.conditioning.embeddings import add_embeddings, read_bundled_embeddi
 from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.adapters import AdapterKey, AdapterRack
+from library.generation.compiling import CompiledDenoiser
 from library.generation.controls import ControlNets, open_control_nets
 from library.generation.options import AdapterOptions, ControlOptions, GenerationOptions, ModelOptions, NetworkUse
 from library.generation.pipeline import Pipeline, PipelineModels, PipelineSettings
@@ -45,7 +46,8 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, find: 
         vae_batch_size=max(1, int(decoded if decoded >= 1 else batch_size * decoded)),
         offload=options.model.offload,
     )
-    return Pipeline(models, settings, rack=rack, control=control, note=print)
+    compiled = CompiledDenoiser(models.denoiser, note=print) if options.model.compile else None
+    return Pipeline(models, settings, rack=rack, control=control, compiled=compiled, note=print)
 
 
 def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineModels:

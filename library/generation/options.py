@@ -18,6 +18,7 @@ class ModelOptions:
     """Which base model and how it computes. `v2`, `v_parameterization` are None where the user said nothing.
 
     Attributes:
+        compile: compile the U-Net's repeated blocks; adapters should then be merged, see `compiling.CompiledDenoiser`.
         embeddings: files of textual inversion.
         vae_batch_size: pictures that the VAE decodes at the same time; below 1 a share of the batch.
         vae_tiling: let the VAE work on a picture in pieces.

@@ -23,6 +23,7 @@ from library.errors import UserError
 from library.generation import picture_files
 from library.generation.adapters import AdapterRack
 from library.generation.codec import LatentCodec
+from library.generation.compiling import CompiledDenoiser
 from library.generation.deep_shrink import deep_shrink
 from library.generation.encoding import PromptEncoder, shortened
 from library.generation.gradual_latent import Size, gradual_sizes, grown
@@ -134,6 +135,7 @@ class Pipeline:
         settings: see there.
         rack: the adapters that requests may want.
         control: takes part in every call of the denoiser.
+        compiled: the denoiser, where its blocks are compiled.
         note: is told what a user should know, one sentence each.
     """
 
@@ -144,11 +146,12 @@ class Pipeline:
         *,
         rack: AdapterRack | None = None,
         control: Control | None = None,
+        compiled: CompiledDenoiser | None = None,
         note: Callable[[str], None] = _nothing,
     ) -> None:
         settings = settings or PipelineSettings()
         self.models, self._settings, self._note = models, settings, note
-        self._rack, self._control = rack or AdapterRack(), control
+        self._rack, self._control, self._compiled = rack or AdapterRack(), control, compiled
         stays = not settings.offload
         self._encoder = PromptEncoder(
             models.tokenizers, models.text_encoders, max_chunks=settings.max_chunks, note=note, stays=stays
@@ -363,6 +366,7 @@ class Pipeline:
             encoder=self._encoder,
             rack=None if merged else self._rack,
             control=self._control,
+            compiled=self._compiled,
         )
 
     def _noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.generation.adapters import AdapterRack
+from library.generation.compiling import CompiledDenoiser
 from library.generation.encoding import PromptEncoder
 from library.generation.requests import ImageRequest
 from library.generation.rows import Row, RowMix
@@ -42,6 +43,7 @@ class BatchPredictions:
         encoder: of the texts.
         rack: of the adapters; None where they are in the weights.
         control: see there.
+        compiled: the denoiser, where its blocks are compiled.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class BatchPredictions:
         encoder: PromptEncoder,
         rack: AdapterRack | None,
         control: Control | None,
+        compiled: CompiledDenoiser | None = None,
     ) -> None:
         parameter = next(denoiser.parameters())
-        self._denoiser, self._device, self._dtype = denoiser, parameter.device, parameter.dtype
+        self._denoiser, self._compiled = denoiser, compiled
+        self._device, self._dtype = parameter.device, parameter.dtype
         self._rows = [row for picture in pictures for row in picture]
         self._mix = RowMix(pictures, [request.guidance_rescale for request in requests], parameter.device)
         self._owners = [requests[number] for number in self._mix.owners]
@@ -80,8 +84,14 @@ class BatchPredictions:
             more = self._control.denoiser_arguments(
                 share=step / steps, latents=inputs, timestep=timestep, context=context, owners=self._owners
             )
-        predictions: Tensor = self._denoiser(inputs, timestep, encoder_hidden_states=context, **more).sample
+        predictions: Tensor = self._call(inputs, timestep, encoder_hidden_states=context, **more).sample
         return self._mix(predictions.float())
+
+    def _call(self, *inputs: Any, **keywords: Any) -> Any:
+        if self._compiled is None:
+            return self._denoiser(*inputs, **keywords)
+        hooked = self._rack is not None and self._rack.has_hooks
+        return self._compiled(*inputs, hooked=hooked, **keywords)
 
     def _conditions(self, step: int, steps: int) -> Tensor:
         """(rows, L, D), in the denoiser's type; put together anew only where adapters change the text encoder."""
