@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 
 class CompiledDenoiser:
@@ -21,8 +20,8 @@ class CompiledDenoiser:
         note: is told if it cannot be compiled; then it computes as it did before.
     """
 
-    def __init__(self, denoiser: nn.Module, *, backend: str = "inductor", note: Callable[[str], None]) -> None:
-        self._denoiser: Any = denoiser
+    def __init__(self, denoiser: Any, *, backend: str = "inductor", note: Callable[[str], None]) -> None:
+        self._denoiser = denoiser
         self._note, self._works = note, True
         # One code for all sizes of pictures and batches.
         self._denoiser.compile_repeated_blocks(backend=backend, dynamic=True)
