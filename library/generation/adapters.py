@@ -41,6 +41,8 @@ Acting = Mapping[AdapterKey, tuple[AdapterStrength, ...]]
 """Which adapters act on a row, and how strongly; one that is asked for several times acts with the sum."""
 
 NOBODY: Acting = {}
+KEPT = 8
+"""Adapters of tags that stay loaded, though no row of the batch has them: a grid may name a hundred."""
 
 
 def strengths_at(acting: Acting, step: int, steps: int) -> dict[AdapterKey, StrengthNow]:
@@ -151,11 +153,21 @@ class AdapterRack:
         self._networks[key] = network
 
     def network(self, key: AdapterKey) -> Any:
-        """The network of a key, loaded if it is not there yet."""
+        """The network of a key, loaded if it is not there."""
         if key not in self._networks:
             assert self._load is not None, "nothing names adapters where none can be loaded"
+            self._make_room()
             self._networks[key] = self._load(key)
+        self._networks[key] = self._networks.pop(key)  # the last is the one that was wanted last
         return self._networks[key]
+
+    def _make_room(self) -> None:
+        """Let go of the adapters of tags that nothing has wanted for longest; those of the command line stay."""
+        at_work = {key for key, turn in self._turned.items() if turn.acts} | self._in_weights.keys()
+        idle = [key for key in self._networks if key.given is None and key not in at_work]
+        for key in idle[: len(idle) + 1 - KEPT]:
+            del self._networks[key]
+            self._turned.pop(key, None)
 
     def on_text_encoder(self, acting: Acting, step: int, steps: int) -> Mapping[AdapterKey, float]:
         """What acts on the text encoders at a step, and how strongly."""

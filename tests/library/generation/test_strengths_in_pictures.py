@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from library.families.block_weights import PLACES, read_block_weights
+from library.generation import adapters
 from library.generation.loading import load_rack
 from library.generation.options import AdapterOptions, NetworkUse
 from library.generation.pipeline import Pipeline, PipelineModels
@@ -166,6 +167,22 @@ def test_pictures_of_one_batch_have_adapters_of_their_own(models, files):
     assert rows == [8] * STEPS
     for prompt, picture, request in zip(prompts, together, requests, strict=True):
         assert close(np.asarray(picture).astype(int), draw(models, files, prompt, seed=request.seed))
+
+
+def test_adapters_that_nothing_wants_any_more_are_let_go(models, files, monkeypatch):
+    """With room for one: each is loaded when it is wanted, and pictures do not depend on what was there before."""
+    monkeypatch.setattr(adapters, "KEPT", 1)
+    loaded = []
+    rack = load_rack(AdapterOptions(), models, find=lambda tag: files[tag.name])
+    load = rack._load
+    monkeypatch.setattr(rack, "_load", lambda key: loaded.append(key.file.stem) or load(key))
+    names = ["plain", "glora", "glora", "oft", "plain"]
+    requests = [replace(ASKED, prompt=f"a red cat<lora:{name}:1>", seed=seed) for seed, name in enumerate(names)]
+    pictures = Pipeline(models, rack=rack).generate(requests)
+    assert loaded == ["plain", "glora", "oft", "plain"]
+    for name, picture, request in zip(names, pictures, requests, strict=True):
+        alone = draw(models, files, f"a red cat<lora:{name}:1>", seed=request.seed)
+        assert np.array_equal(np.asarray(picture).astype(int), alone)
 
 
 def test_the_model_is_bit_for_bit_what_it_was_afterwards(models, files):
