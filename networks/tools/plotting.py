@@ -170,9 +170,9 @@ def _depth(value: float, curve: Sequence[float]) -> float:
 
 
 def _round_number_from(value: float) -> float:
-    """The lowest number at or above a positive one whose quarters are short to write."""
+    """The lowest number at or above a positive one whose quarters are short to write; a hair above it counts as it."""
     unit = 10.0 ** math.floor(math.log10(value))
-    return next(step * unit for step in (1, 2, 4, 6, 8, 10, 20) if step * unit >= value)
+    return next(step * unit for step in (1, 2, 4, 6, 8, 10, 20) if step * unit >= value * (1 - 1e-4))
 
 
 def _draw_curve(draw: ImageDraw, box: Box, curve: Sequence[float], sizes: tuple[int, int], colour: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 
@@ -18,7 +19,7 @@ from networks import lora
 from networks.convert_lora import READERS, work
 from networks.formats import readers
 from networks.formats.keys import by_layer, to_kohya
-from tests.support.command_lines import assert_refused, run_script
+from tests.support.command_lines import assert_is_another_picture, assert_refused, run_script
 from tests.support.tiny_models import build_tiny_parts
 
 METADATA = {"ss_base_model_version": "sd_v1", "ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_tag_frequency": "{}"}
@@ -155,6 +156,41 @@ def test_every_algorithm_becomes_lora_or_the_full_difference_exactly(
     if algorithm == "full":
         assert metadata["ss_network_module"] == "networks.full"
         assert "ss_network_dim" not in metadata
+
+
+def test_a_report_and_a_picture_tell_what_a_conversion_lost(files, tmp_path, capsys):
+    target, report, plots = tmp_path / "low.safetensors", tmp_path / "r.json", [tmp_path / "0.png", tmp_path / "1.png"]
+    command = [files("loha"), target, "--algorithm", "lora", "--rank"]
+    convert(capsys, *command, 5, "--plot", plots[0])
+    lines = convert(capsys, *command, 2, "--plot", plots[1], "--report", report)
+    assert_is_another_picture(*plots)
+    told, layers, source = json.loads(report.read_text()), by_layer(load_file(target)), by_layer(load_file(files("loha")))
+    assert told["layers"].keys() == layers.keys() == source.keys()
+    lost = had = 0.0
+    for name, tensors in layers.items():
+        own, found = source[name], told["layers"][name]
+        scale = float(own["alpha"]) / len(own["hada_w1_b"])
+        delta = scale * (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])
+        made = (float(tensors["alpha"]) / 2) * tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1)
+        away, norm = float((delta - made).norm()), float(delta.norm())
+        assert (found["rank"], found["norm"]) == (2, pytest.approx(norm, rel=1e-4))
+        assert found["relative_error"] == pytest.approx(away / norm, rel=1e-3)
+        values = torch.linalg.svdvals(made)[:2].tolist()
+        assert found["singular_values"] == pytest.approx(values, rel=1e-3)
+        lost, had = lost + away**2, had + norm**2
+    assert told["relative_error"] == pytest.approx((lost / had) ** 0.5, rel=1e-3)
+    total = next(line for line in lines if line.startswith("total"))
+    assert total.split()[1:4] == [str(len(layers)), "2", f"{told['relative_error']:.3g}"]
+
+
+def test_what_is_only_renamed_is_reported_as_it_was(files, tmp_path, capsys):
+    target, report, plot = tmp_path / "peft.safetensors", tmp_path / "r.json", tmp_path / "p.png"
+    lines = convert(capsys, files("lora"), target, "--to", "diffusers", "--report", report, "--plot", plot)
+    told = json.loads(report.read_text())
+    assert (told["relative_error"], told["layers"]) == (0.0, {})
+    assert set(told["as_they_were"]) == set(by_layer(load_file(files("lora"))))
+    assert "the change is the same, bit for bit" in lines
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_lower_rank_is_the_best_of_that_rank_and_says_what_it_loses(files, tmp_path, capsys):

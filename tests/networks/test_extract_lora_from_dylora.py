@@ -15,7 +15,7 @@ from networks.extract_lora_from_dylora import work
 from networks.tools.rank_cutting import cut_layer, read_low_rank_file, write_ranks
 from tests.networks.cases import acting, attached, layer_and_input, stream
 from tests.networks.test_dylora import module
-from tests.support.command_lines import assert_refused, run_script
+from tests.support.command_lines import assert_is_another_picture, assert_refused, run_script
 
 DOOR = "networks/extract_lora_from_dylora.py"
 METADATA = {
@@ -152,6 +152,54 @@ def test_the_door_works_from_any_directory(trained, tmp_path):
     assert sorted(file.name for file in tmp_path.glob("split*")) == ["split-0004.safetensors", "split-0008.safetensors"]
     refused = run_script(DOOR, "--model", path, "--save_to", "no/split.safetensors", "--unit", 3, cwd=tmp_path)
     assert_refused(refused, "--unit 3: does not divide the file's rank, 8; give the unit that it was trained with")
+
+
+def dense(tensors, name) -> torch.Tensor:
+    """A layer's change, fp64, as readers compute it."""
+    up, down = (tensors[f"{name}.lora_{way}.weight"].double().flatten(1) for way in ("up", "down"))
+    return float(tensors[f"{name}.alpha"]) / len(down) * up @ down
+
+
+def test_a_report_and_a_picture_tell_how_far_each_rank_is_from_the_full_one(trained, tmp_path, capsys):
+    _, path = trained
+    report, plots, save_to = tmp_path / "r.json", [tmp_path / "0.png", tmp_path / "1.png"], tmp_path / "split.safetensors"
+    command = ["--model", str(path), "--save_to", str(save_to)]
+    assert work([*command, "--unit", "4", "--plot", str(plots[0])]) == 0
+    capsys.readouterr()
+    assert work([*command, "--unit", "2", "--plot", str(plots[1]), "--report", str(report)]) == 0
+    assert_is_another_picture(*plots)
+    told, source = json.loads(report.read_text()), load_file(path)
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    for rank, (file, found) in zip((2, 4, 6, 8), told["files"].items(), strict=True):
+        cut, lost, had = load_file(file), 0.0, 0.0
+        for name, layer in found["layers"].items():
+            full = dense(source, name)
+            away, norm = float((full - dense(cut, name)).norm()), float(full.norm())
+            assert layer["rank"] == len(cut[f"{name}.lora_down.weight"])
+            assert layer["norm"] == pytest.approx(norm, rel=1e-5)
+            assert layer["relative_error"] == pytest.approx(away / norm, rel=1e-4, abs=1e-7)
+            lost, had = lost + away**2, had + norm**2
+        assert found["relative_error"] == pytest.approx((lost / had) ** 0.5, rel=1e-4, abs=1e-7)
+        assert rows[str(rank)][-1] == f"{found['relative_error']:.3g}"
+    for name, layer in told["layers"].items():
+        values = torch.linalg.svdvals(dense(source, name))[: layer["rank"]]
+        assert layer["singular_values"] == pytest.approx(values.tolist(), rel=1e-3, abs=1e-5 * float(values[0]))
+
+
+def test_a_report_takes_the_place_of_no_file(trained, tmp_path, capsys):
+    from library.cli.doors import run_door
+    from tests.support.command_lines import Finished
+
+    _, path = trained
+    for place, sentence in {
+        path: "is one of the inputs",
+        tmp_path / "split-0004.safetensors": "has the suffix of a tensor file",
+    }.items():
+        command = ["--model", path, "--save_to", tmp_path / "split.safetensors", "--unit", 4, "--report", place]
+        status = run_door("extract_lora_from_dylora", work, list(map(str, command)))
+        captured = capsys.readouterr()
+        assert_refused(Finished(status, captured.out, captured.err), sentence)
+    assert not list(tmp_path.glob("split*"))
 
 
 def loha_file(path):

@@ -30,7 +30,14 @@ from networks.formats.base_weights import BaseWeights
 from networks.formats.file_adapters import stream_layers
 from networks.merge_lora import work
 from networks.tools.conversion import SourceLayer
-from tests.support.command_lines import ENVIRONMENT, ROOT, Finished, assert_refused, run_script
+from tests.support.command_lines import (
+    ENVIRONMENT,
+    ROOT,
+    Finished,
+    assert_is_another_picture,
+    assert_refused,
+    run_script,
+)
 from tests.support.tiny_models import build_tiny_parts
 
 FILES = {
@@ -344,6 +351,48 @@ def test_ranks_add_up_and_alpha_is_one(files, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["relative_error"] < 1e-6
     assert len(report["layers"]) == len(list(stream_layers(open_tensor_file(target), SD1)))
+
+
+def test_an_exact_merge_reports_the_singular_values_of_the_sum_and_draws_them(files, tiny_sd1_file, tmp_path, capsys):
+    models, target, report = [files("lora", 1), files("loha", 2)], tmp_path / "both.safetensors", tmp_path / "report.json"
+    command = ["--models", *models, "--save_to", target, "--save_precision", "bf16"]
+    plots = [tmp_path / "0.png", tmp_path / "1.png"]
+    run(capsys, *command, "--ratios", 0.5, 0.1, "--plot", plots[0]).require_success()
+    run(capsys, *command, "--ratios", 0.5, -2, "--plot", plots[1], "--report", report).require_success()
+    assert_is_another_picture(*plots)
+    told, written = json.loads(report.read_text()), changes_of(target, tiny_sd1_file)
+    expected = weighted_sum([changes_of(model, tiny_sd1_file) for model in models], (0.5, -2))
+    lost = had = 0.0
+    for name, layer in told["layers"].items():
+        change = expected[name, "weight"]
+        error = float((written[name, "weight"] - change).norm())
+        assert layer["norm"] == pytest.approx(float(change.norm()), rel=1e-4)
+        assert layer["relative_error"] == pytest.approx(error / float(change.norm()), rel=1e-2)
+        lost, had = lost + error**2, had + float(change.norm()) ** 2
+        rows = len(load_file(target)[f"{name}.lora_up.weight"])
+        values = torch.linalg.svdvals(change.reshape(rows, -1))
+        found = torch.tensor(layer["singular_values"], dtype=torch.float64)
+        assert 4 <= len(found) <= 64
+        torch.testing.assert_close(found, values[: len(found)], rtol=1e-3, atol=1e-4 * float(values[0]))
+    assert told["relative_error"] == pytest.approx((lost / had) ** 0.5, rel=1e-2)
+
+
+def test_a_merge_into_a_model_reports_what_changed_and_draws_it(files, tiny_sd1_file, tmp_path, capsys):
+    target, report, plots = tmp_path / "m.safetensors", tmp_path / "report.json", [tmp_path / "0.png", tmp_path / "1.png"]
+    command = ["--sd_model", tiny_sd1_file, "--models", files("lora", 1), "--save_to", target, "--save_precision", "fp16"]
+    run(capsys, *command, "--lbws", "INALL", "--plot", plots[0]).require_success()
+    run(capsys, *command, "--ratios", 0.5, "--plot", plots[1], "--report", report).require_success()
+    assert_is_another_picture(*plots)
+    told, before, merged = json.loads(report.read_text())["tensors"], tensors_of(tiny_sd1_file), tensors_of(target)
+    expected, places = changes_of(files("lora", 1), tiny_sd1_file), BaseWeights(open_base_model(tiny_sd1_file))
+    assert len(told) == len(expected)
+    for key, change in expected.items():
+        place = places.place(*key)
+        found, exact = told[".".join(place)], before[place].double().flatten() + 0.5 * change
+        assert found["layer"] == key[0]
+        assert found["norm"] == pytest.approx(float(before[place].double().norm()), rel=1e-4)
+        assert found["change"] == pytest.approx(0.5 * float(change.norm()), rel=1e-4)
+        assert found["lost_by_rounding"] == pytest.approx(float((merged[place].double().flatten() - exact).norm()), rel=1e-2)
 
 
 def test_shuffled_ranks_are_others_and_mean_the_same(files, tiny_sd1_file, tmp_path, capsys):

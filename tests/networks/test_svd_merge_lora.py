@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from library.cli.doors import run_door
 from networks.svd_merge_lora import work
 from tests.networks.test_merge_lora import changes_of, files, sd2_adapter, weighted_sum  # noqa: F401 (fixtures)
-from tests.support.command_lines import Finished, assert_refused, run_script
+from tests.support.command_lines import Finished, assert_is_another_picture, assert_refused, run_script
 
 
 def run(capsys, *arguments: object) -> Finished:
@@ -95,3 +95,16 @@ def test_it_runs_as_a_command(files, tmp_path):  # noqa: F811
     words = ["--save_to", target, "--models", files("lora"), files("loha"), "--ratios", 0.6, 0.4, "--new_rank", 32]
     done = run_script("networks/svd_merge_lora.py", *words, "--device", "cpu").require_success()
     assert done.last_line.startswith(f"{target}: read rightly by ComfyUI")
+
+
+def test_a_picture_shows_what_a_method_and_a_rank_keep(files, tmp_path, capsys):  # noqa: F811
+    command = ["--models", files("lora", 1), files("lora", 2), "--save_to", tmp_path / "cut.safetensors"]
+    plots, report = [tmp_path / "0.png", tmp_path / "1.png"], tmp_path / "report.json"
+    run(capsys, *command, "--plot", plots[0]).require_success()
+    run(capsys, *command, "--plot", plots[1], "--method", "ties", "--new_rank", 3, "--report", report).require_success()
+    assert_is_another_picture(*plots)
+    layers = json.loads(report.read_text())["layers"].values()
+    assert {layer["rank"] for layer in layers} == {3}
+    for layer in layers:  # what the leading values leave of the norm is what is lost
+        kept = sum(value**2 for value in layer["singular_values"][:3])
+        assert layer["relative_error"] == pytest.approx((1 - kept / layer["norm"] ** 2) ** 0.5, rel=1e-2)

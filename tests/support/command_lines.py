@@ -62,6 +62,18 @@ def assert_refused(finished: Finished, *parts: str) -> None:
         assert part in finished.err, finished.err
 
 
+def assert_is_another_picture(path: Path, other: Path) -> None:
+    """Both are PNG files of a size for reading, with something drawn in several colours, and not the same."""
+    pictures = []
+    for each in (path, other):
+        with Image.open(each) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) >= 400
+            assert len(picture.getcolors(1 << 20)) > 4
+            pictures.append(picture.tobytes())
+    assert pictures[0] != pictures[1]
+
+
 def draw_images(folder: Path, count: int, sizes: Iterable[tuple[int, int]] = ((64, 64),)) -> Path:
     """Pictures of coloured noise with captions, in sizes taken in turn."""
     folder.mkdir(parents=True, exist_ok=True)

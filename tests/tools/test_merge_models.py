@@ -18,7 +18,7 @@ from library.checkpoints.parts import PARTS, UNET
 from library.checkpoints.tensor_files import open_tensor_file
 from library.cli.doors import run_door
 from library.families.sd1 import SD1
-from tests.support.command_lines import Finished, assert_refused, run_script
+from tests.support.command_lines import Finished, assert_is_another_picture, assert_refused, run_script
 from tests.support.tiny_models import build_tiny_folder
 from tools.convert_diffusers20_original_sd import convert, parse_options
 from tools.merge_models import work
@@ -254,3 +254,39 @@ def test_the_door_runs_from_any_folder(tiny_sd1_file, others, tmp_path):
     finished = run_script("tools/merge_models.py", *command, cwd=tmp_path).require_success()
     assert finished.err == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_report_and_a_picture_tell_how_far_the_result_is_from_each_model(tiny_sd1_file, others, tmp_path, capsys):
+    models, report = [tiny_sd1_file, others["folder"], others["ckpt"]], tmp_path / "report.json"
+    plots, target = [tmp_path / "0.png", tmp_path / "1.png"], tmp_path / "m.safetensors"
+    command = ["--models", *models, "--output", target, "--saving_precision", "fp16"]
+    run(capsys, *command, "--unet_only", "--plot", plots[0]).require_success()
+    done = run(capsys, *command, "--ratios", 0.5, 0.75, -0.25, "--plot", plots[1], "--report", report)
+    assert_is_another_picture(*plots)
+    told, merged, sources = json.loads(report.read_text()), tensors_of(target), [tensors_of(model) for model in models]
+    assert told["models"] == [str(model) for model in models]
+    assert told["ratios"] == [0.5, 0.75, -0.25]
+    assert len(told["tensors"]) == sum(tensor.is_floating_point() for tensor in merged.values())
+    squares = torch.zeros(3, 2, dtype=torch.float64)
+    for (kind, name), tensor in merged.items():
+        found = told["tensors"].get(f"{kind}.{name}")
+        for place, source in enumerate(sources if found else ()):
+            own = source[kind, name].double().flatten()
+            distance = float((tensor.double().flatten() - own).norm())
+            assert found["norms_of_models"][place] == pytest.approx(float(own.norm()), rel=1e-4, abs=1e-6)
+            assert found["distances"][place] == pytest.approx(distance, rel=1e-3, abs=1e-5)
+            squares[place] += torch.tensor([distance, float(own.norm())], dtype=torch.float64).square()
+    whole = (squares[:, 0] / squares[:, 1]).sqrt().tolist()
+    assert told["relative_distances"] == pytest.approx(whole, rel=1e-3)
+    assert "away from 3" in done.out
+
+
+def test_the_report_is_told_of_parts_that_are_not_merged(tiny_sd1_file, others, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    command = ["--models", tiny_sd1_file, others["folder"], "--output", tmp_path / "m", "--unet_only", "--report", report]
+    done = run(capsys, *command).require_success()
+    told = json.loads(report.read_text())
+    assert told["parts"] == ["U-Net"]
+    assert {len(found["distances"]) for name, found in told["tensors"].items() if name.startswith("unet.")} == {2}
+    assert {tuple(found["distances"]) for name, found in told["tensors"].items() if name.startswith("vae.")} == {(0.0,)}
+    assert [line.split()[-2] for line in done.out.splitlines() if "the first model" in line] == ["-", "-"]
