@@ -302,6 +302,8 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, tmp_p
     images = draw_images(tmp_path / "two", 5, [(64, 64), (128, 64)])
     buckets = "resolution = 96\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 128\nbatch_size = {}"
     options = ["--optimizer_type", optimizer, "--network_train_unet_only"]
+    if optimizer == "AdamW":  # its default of 1e-8 makes whole steps of gradients that are nothing but rounding
+        options += ["--optimizer_args", "eps=1e-3"]
     one = dataset_file(tmp_path / "one.toml", images, dataset=buckets.format(2))
     finished, single = train(*options, out="single", dataset_config=one, max_train_steps=4, network_module=module)
     finished.require_success()
@@ -329,7 +331,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 steps of 2 x 1 images" in done.stdout
     assert done.stdout.count("saved ") == 1, "one process speaks"
-    assert difference(single, tmp_path / "double") < (1e-6 if optimizer == "SGD" else 1e-3)
+    assert difference(single, tmp_path / "double") < 1e-6
 
 
 @pytest.mark.parametrize(("sent", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
