@@ -63,14 +63,14 @@ def make_models(device: str, dtype: torch.dtype) -> PipelineModels:
     parts = (
         UNet2DConditionModel(**SD1.unet_config).to(device, dtype),
         AutoencoderKL(**SD1.vae_config).to(device, dtype),
-        CLIPTextModel(CLIPTextConfig(**SD1.text_encoder_config)).to(device, dtype),
+        CLIPTextModel(CLIPTextConfig(**SD1.text_encoders[0].config)).to(device, dtype),
     )
     denoiser, vae, text_encoder = (part.eval().requires_grad_(False) for part in parts)
     return PipelineModels(
         denoiser=denoiser,
         vae=vae,
         text_encoders=[text_encoder],
-        tokenizers=[shipped_tokenizer(SD1)],
+        tokenizers=[shipped_tokenizer(SD1.text_encoders[0])],
         latent_scale=SD1.latent_scale,
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
-from library.checkpoints.ldm_keys import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from library.checkpoints.ldm_keys import UNET_PREFIX, VAE_PREFIX
 from library.checkpoints.model_writing import plan_single_file
 from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart
 from library.checkpoints.single_file import original_table
@@ -31,7 +31,7 @@ SPREAD = 0.02  # of weights; a change is a tenth of it
 PARTS = {
     UNET: (SD1.unet_config, UNET_PREFIX),
     VAE: (SD1.vae_config, VAE_PREFIX),
-    TEXT_ENCODER: (SD1.text_encoder_config, TEXT_PREFIXES[SD1.text_encoder_layout]),
+    TEXT_ENCODER: (SD1.text_encoders[0].config, SD1.text_encoders[0].file_prefixes[0]),
 }
 
 

@@ -40,8 +40,8 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     StableDiffusionPipeline(
         vae=AutoencoderKL(**SD1.vae_config),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**SD1.text_encoder_config)),
-        tokenizer=shipped_tokenizer(SD1),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**SD1.text_encoders[0].config)),
+        tokenizer=shipped_tokenizer(SD1.text_encoders[0]),
         unet=UNet2DConditionModel(**SD1.unet_config),
         scheduler=DDIMScheduler(**NOISE_SCHEDULE),
         safety_checker=None,

@@ -72,9 +72,9 @@ def family_names(path: str, tree: ast.Module) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(r"sd[12]|sd_v[12]\w*|stable-diffusion-v[12]\S*", node.value):
+            if re.fullmatch(r"sd[12]|sdxl|sd_v[12]\w*|sdxl_base\S*|stable-diffusion-(v[12]|xl)\S*", node.value):
                 yield f"line {node.lineno} names the family {node.value!r}"
-        elif isinstance(node, ast.ImportFrom) and node.module in ("library.families.sd1", "library.families.sd2"):
+        elif isinstance(node, ast.ImportFrom) and node.module in ("library.families.sd1", "library.families.sd2", "library.families.sdxl"):
             yield f"line {node.lineno} imports one family"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints.folder import part_of_folder, parts_of_folder, prediction_type_of_folder
 from library.checkpoints.hashes import remembered
 from library.checkpoints.hub import resolve_model_path
-from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart, content_fingerprint
+from library.checkpoints.parts import PART_TITLES, UNET, VAE, ModelPart, content_fingerprint
 from library.checkpoints.single_file import check_vae, read_checkpoint, vae_of_file
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tokenizers import load_tokenizer, shipped_tokenizer
@@ -36,8 +36,8 @@ class BaseModelFiles:
         prediction_type: what the model says it predicts; None where it does not say.
         resolved_prediction_type: what it is taken to predict: what it says, else what the user says, else the noise.
         prediction_type_assumed: nobody says it, and models of the family differ in it: worth a word to the user.
-        parts: the U-Net, the VAE and the text encoder by kind.
-        tokenizer_folder: the model's own tokenizer, where it has one.
+        parts: `ModelFamily.parts`, by kind.
+        tokenizer_folders: the model's own tokenizers, where it has some, by their text encoder's kind.
         beside: keys of a single file that belong to no part (averages, schedules, unused layers).
         unmatched: keys of a single file that nobody knows; worth a word to the user.
     """
@@ -49,7 +49,7 @@ class BaseModelFiles:
     resolved_prediction_type: PredictionType
     prediction_type_assumed: bool
     parts: Mapping[str, ModelPart]
-    tokenizer_folder: Path | None = None
+    tokenizer_folders: Mapping[str, Path] = field(default_factory=dict)
     beside: tuple[str, ...] = field(default=())
     unmatched: tuple[str, ...] = field(default=())
 
@@ -62,8 +62,8 @@ class BaseModelFiles:
         return self.parts[VAE].load(dtype=dtype, device=device)
 
     def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> list[CLIPTextModel]:
-        """The text encoders, frozen, in evaluation mode: one for SD1 and SD2."""
-        return [self.parts[TEXT_ENCODER].load(dtype=dtype, device=device)]
+        """The text encoders, frozen, in evaluation mode, in the family's order."""
+        return [self.parts[encoder.part].load(dtype=dtype, device=device) for encoder in self.family.text_encoders]
 
     def empty_denoiser(self) -> UNet2DConditionModel:
         """The U-Net on the meta device: its structure at no cost."""
@@ -71,13 +71,15 @@ class BaseModelFiles:
 
     def empty_text_encoders(self) -> list[CLIPTextModel]:
         """The text encoders likewise."""
-        return [self.parts[TEXT_ENCODER].build_empty()]
+        return [self.parts[encoder.part].build_empty() for encoder in self.family.text_encoders]
 
     def load_tokenizers(self) -> list[CLIPTokenizer]:
         """One tokenizer per text encoder: the model's own where it has one, else the one shipped with this package."""
-        if self.tokenizer_folder is None:
-            return [shipped_tokenizer(self.family)]
-        return [load_tokenizer(self.tokenizer_folder)]
+        folders = [self.tokenizer_folders.get(encoder.part) for encoder in self.family.text_encoders]
+        return [
+            shipped_tokenizer(encoder) if folder is None else load_tokenizer(folder)
+            for encoder, folder in zip(self.family.text_encoders, folders, strict=True)
+        ]
 
     @property
     def own_side(self) -> int:
@@ -104,10 +106,11 @@ class BaseModelFiles:
         Raises:
             UserError
         """
-        layers = self.parts[TEXT_ENCODER].config["num_hidden_layers"]
-        if clip_skip is not None and clip_skip > layers:
+        parts = [self.parts[encoder.part] for encoder in self.family.text_encoders]
+        fewest, part = min((part.config["num_hidden_layers"], part.kind) for part in parts)
+        if clip_skip is not None and clip_skip > fewest:
             where = f"--clip_skip {clip_skip}"
-            raise UserError(f"the text encoder has {layers} layers", where=where, remedy=f"give 1 to {layers}")
+            raise UserError(f"the {PART_TITLES[part]} has {fewest} layers", where=where, remedy=f"give 1 to {fewest}")
 
     def vae_fingerprint(self) -> str:
         """16 hex digits for the VAE's values as saved, for the keys of latent caches; remembered per file."""
@@ -164,10 +167,10 @@ def _open_file(path: Path, v_parameterization: bool | None) -> BaseModelFiles:
 
 def _open_folder(path: Path, variant: str | None, v_parameterization: bool | None) -> BaseModelFiles:
     family = family_of_folder(path)
-    parts = parts_of_folder(path, variant)
+    parts = parts_of_folder(path, family, variant)
     check_vae(parts[VAE].config, family, str(path))
     said = prediction_type_of_folder(path)
-    tokenizer = path / "tokenizer"
+    tokenizers = {encoder.part: path / encoder.tokenizer for encoder in family.text_encoders}
     return BaseModelFiles(
         family=family,
         path=path,
@@ -176,7 +179,7 @@ def _open_folder(path: Path, variant: str | None, v_parameterization: bool | Non
         resolved_prediction_type=resolve_prediction_type(said, v_parameterization, str(path)),
         prediction_type_assumed=_is_assumed(said, v_parameterization, family),
         parts=parts,
-        tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
+        tokenizer_folders={part: folder for part, folder in tokenizers.items() if folder.is_dir()},
     )
 
 

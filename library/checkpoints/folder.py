@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.ldm_keys import modern_vae_name
-from library.checkpoints.parts import PART_TITLES, PARTS, TEXT_ENCODER, VAE, ModelPart, TensorSource
+from library.checkpoints.parts import PART_TITLES, TEXT_CLASSES, TEXT_ENCODER, VAE, ModelPart, TensorSource
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_places import TensorFile
 from library.errors import UserError
-from library.families.family import EPSILON, PREDICTION_TYPES, PredictionType
+from library.families.family import EPSILON, PREDICTION_TYPES, ModelFamily, PredictionType
 from library.text_files import read_json_object
 
-_WEIGHTS_STEMS = {TEXT_ENCODER: ("model", "pytorch_model")}
+_WEIGHTS_STEMS = dict.fromkeys(TEXT_CLASSES, ("model", "pytorch_model"))
 _DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
 _SUFFIXES = (".safetensors", ".bin")
 
-# Beside the text encoder's own tensors, folders may hold these: a computed buffer, and CLIP's projection.
-_NOT_OF_THE_MODULE = re.compile(r"position_ids$|^text_projection\.")
+# Beside a text encoder's own tensors, folders may hold these: a computed buffer, and the projection where it is not used.
+_COMPUTED = "position_ids"
+_PROJECTION = "text_projection."
 
 
-def parts_of_folder(path: Path, variant: str | None = None) -> dict[str, ModelPart]:
+def parts_of_folder(path: Path, family: ModelFamily, variant: str | None = None) -> dict[str, ModelPart]:
     """Every part of a model folder by kind, from configurations and headers.
 
     Args:
@@ -32,7 +33,7 @@ def parts_of_folder(path: Path, variant: str | None = None) -> dict[str, ModelPa
     Raises:
         UserError: where a part, its configuration or its weights are missing.
     """
-    return {kind: part_of_folder(path / kind, kind, variant) for kind in PARTS}
+    return {kind: part_of_folder(path / kind, kind, variant) for kind in family.parts}
 
 
 def part_of_folder(path: Path, kind: str, variant: str | None = None) -> ModelPart:
@@ -42,9 +43,13 @@ def part_of_folder(path: Path, kind: str, variant: str | None = None) -> ModelPa
         _module_name(kind, key): TensorSource(file, key)
         for file in _weight_files(path, kind, variant)
         for key in file.places
-        if not (kind == TEXT_ENCODER and _NOT_OF_THE_MODULE.search(key))
+        if not _is_unused(kind, key)
     }
     return ModelPart(kind=kind, config=config, sources=sources, where=str(path))
+
+
+def _is_unused(kind: str, key: str) -> bool:
+    return kind in TEXT_CLASSES and (key.endswith(_COMPUTED) or (kind == TEXT_ENCODER and key.startswith(_PROJECTION)))
 
 
 def _module_name(kind: str, key: str) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from library.errors import UserError
-from library.families.family import ModelFamily, heads_of_64
+from library.families.family import ModelFamily, TextEncoder, heads_of_64
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -23,7 +23,7 @@ CONFIG_KEY = "lora_toolkit.model_config"
 
 
 def config_hints(metadata: Mapping[str, str], where: str) -> dict[str, Config]:
-    """What a checkpoint's metadata say about its parts ("unet", "vae", "text_encoder").
+    """What a checkpoint's metadata say about its parts ("unet", "vae", "text_encoder", ...).
 
     Raises:
         UserError: where the entry is there but is not what our converter writes.
@@ -70,7 +70,10 @@ def _needed(shapes: Shapes, key: str) -> tuple[int, ...]:
 
 
 def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> Config:
-    """The configuration of "unet", "vae", "text_encoder" or "control_net" from shapes by key, relative to the part.
+    """The configuration of "unet", "vae", "control_net" or a text encoder of the family, from shapes by key.
+
+    Args:
+        shapes: keys are relative to the part.
 
     Raises:
         UserError: where a tensor is missing without which the size is unknown.
@@ -78,10 +81,11 @@ def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> 
     infer: Mapping[str, Callable[[Shapes, ModelFamily], Config]] = {
         "unet": _unet_config,
         "vae": _vae_config,
-        "text_encoder": _text_encoder_config,
         "control_net": _control_net_config,
     }
     try:
+        if part not in infer:
+            return _text_encoder_config(shapes, family.text_encoder(part))
         return infer[part](shapes, family)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"lacks tensors of its {part}, among them {error}", where=where, remedy="fetch it again") from None
@@ -122,6 +126,8 @@ def _unet_encoder_config(shapes: Shapes, family: ModelFamily) -> Config:
     attention = [f"input_blocks.{1 + places * level}.1.proj_in.weight" in shapes for level in range(levels)]
     first = next(f"input_blocks.{1 + places * level}.1" for level in range(levels) if attention[level])
     return {
+        **_depths(shapes, [f"input_blocks.{1 + places * level}.1" for level in range(levels)], family),
+        **_added_condition(shapes, family),
         "in_channels": _needed(shapes, "input_blocks.0.0.weight")[1],
         "layers_per_block": places - 1,
         "block_out_channels": tuple(channels),
@@ -130,6 +136,27 @@ def _unet_encoder_config(shapes: Shapes, family: ModelFamily) -> Config:
         "attention_head_dim": family.attention_heads(channels),
         "use_linear_projection": len(_needed(shapes, f"{first}.proj_in.weight")) == 2,
     }
+
+
+def _depths(shapes: Shapes, attentions: Sequence[str], family: ModelFamily) -> Config:
+    """Transformer blocks of each level's attentions; the middle takes as many as the last level."""
+    if "transformer_layers_per_block" not in family.unet_config:
+        return {}
+
+    def depth(attention: str) -> int:
+        return _count(shapes, rf"{re.escape(attention)}\.transformer_blocks\.(\d+)\.") or 1
+
+    *depths, last = map(depth, attentions)
+    return {"transformer_layers_per_block": [*depths, max(last, depth("middle_block.1"))]}
+
+
+def _added_condition(shapes: Shapes, family: ModelFamily) -> Config:
+    """How the pooled text and the sizes come in."""
+    if not family.size_conditions:
+        return {}
+    inputs = _needed(shapes, "label_emb.0.0.weight")[1]
+    keys = ("addition_embed_type", "addition_time_embed_dim")
+    return {**{key: family.unet_config[key] for key in keys}, "projection_class_embeddings_input_dim": inputs}
 
 
 def _vae_config(shapes: Shapes, family: ModelFamily) -> Config:
@@ -150,18 +177,20 @@ def _vae_config(shapes: Shapes, family: ModelFamily) -> Config:
     }
 
 
-def _text_encoder_config(shapes: Shapes, family: ModelFamily) -> Config:
-    if family.text_encoder_layout == "clip":
+def _text_encoder_config(shapes: Shapes, encoder: TextEncoder) -> Config:
+    if encoder.layout == "clip":
         tokens, positions = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
         layer, inner = r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight$", "encoder.layers.0.mlp.fc1.weight"
     else:
         tokens, positions = "token_embedding.weight", "positional_embedding"
         layer, inner = r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.weight$", "transformer.resblocks.0.mlp.c_fc.weight"
     vocabulary, width = _needed(shapes, tokens)
-    layers, full = _count(shapes, layer), family.text_encoder_config["num_hidden_layers"]
-    kept = layers if layers == full else layers - family.text_layers_dropped  # some tools leave out the unused layer already
+    layers, full = _count(shapes, layer), encoder.config["num_hidden_layers"]
+    kept = layers if layers == full else layers - encoder.layers_dropped  # some tools leave out the unused layer already
+    projection = {"projection_dim": _needed(shapes, "text_projection")[1]} if encoder.gives_pooled else {}
     return {
-        **family.text_encoder_config,
+        **encoder.config,
+        **projection,
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": _needed(shapes, inner)[0],

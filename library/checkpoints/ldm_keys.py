@@ -1,26 +1,20 @@
 """The names of a tensor in the original (LDM) layout and in diffusers' and transformers' modules: one table, both ways.
 
 A table is a list of pairs of name beginnings; what follows them is the same on both sides. Names are relative to their part
-(see `UNET_PREFIX` and its neighbours). The relation is that of the published models; the U-Net's can be checked in
-diffusers/scripts/convert_diffusers_to_original_stable_diffusion.py.
+(see `UNET_PREFIX`, `VAE_PREFIX`, `TextEncoder.file_prefixes`). The relation is that of the published models; the U-Net's can
+be checked in diffusers/scripts/convert_diffusers_to_original_stable_diffusion.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from library.families.family import TextEncoder
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIXES: Mapping[str, str] = {
-    "clip": "cond_stage_model.transformer.text_model.",
-    "open_clip": "cond_stage_model.model.",
-}
-"""By `ModelFamily.text_encoder_layout`."""
-
-OLD_CLIP_PREFIX = "cond_stage_model.transformer."
-"""Of SD1 files from before transformers had `text_model`."""
-
 Pairs = Iterator[tuple[str, str]]
 
 
@@ -115,6 +109,9 @@ def _unet_encoder_pairs(config: Mapping[str, Any]) -> Pairs:
     """What a U-Net and a ControlNet have in common: everything to the middle."""
     yield "time_embed.0", "time_embedding.linear_1"
     yield "time_embed.2", "time_embedding.linear_2"
+    if config.get("addition_embed_type"):
+        yield "label_emb.0.0", "add_embedding.linear_1"
+        yield "label_emb.0.2", "add_embedding.linear_2"
     yield "input_blocks.0.0", "conv_in"
     yield from _below("middle_block.0", "mid_block.resnets.0", _UNET_RESNET)
     yield "middle_block.1", "mid_block.attentions.0"
@@ -197,16 +194,23 @@ _OPEN_CLIP_LAYER = (
 _THIRDS = ("q_proj", "k_proj", "v_proj")
 
 
-def text_table(layout: str, layers: int) -> KeyTable:
-    """For a text encoder with `layers` layers (those that the module has), by `ModelFamily.text_encoder_layout`.
+def text_table(encoder: TextEncoder, layers: int) -> KeyTable:
+    """For a text encoder with `layers` layers (those that the module has).
 
-    OpenCLIP keeps queries, keys and values in one tensor; `in_proj_weight[1]` stands for the second third of its rows
-    (`split_third`).
+    OpenCLIP keeps queries, keys and values in one tensor, and its projection the other way round than transformers:
+    `in_proj_weight[1]` stands for the second third of its rows, `text_projection[T]` for the transpose (`split_view`).
     """
-    if layout == "clip":
-        same = ("embeddings", "encoder", "final_layer_norm")
-        return KeyTable((name, name) for name in same)
-    return KeyTable(_open_clip_pairs(layers))
+    level = "text_model." if encoder.gives_pooled else ""  # transformers keeps what projects around what does not
+    pairs = _clip_pairs() if encoder.layout == "clip" else _open_clip_pairs(layers)
+    table = [(original, level + module) for original, module in pairs]
+    if encoder.gives_pooled:
+        table.append(("text_projection[T]", "text_projection.weight"))
+    return KeyTable(table)
+
+
+def _clip_pairs() -> Pairs:
+    for name in ("embeddings", "encoder", "final_layer_norm"):
+        yield name, name
 
 
 def _open_clip_pairs(layers: int) -> Pairs:
@@ -221,9 +225,14 @@ def _open_clip_pairs(layers: int) -> Pairs:
                 yield f"{original}.attn.in_proj_{kind}[{third}]", f"{module}.self_attn.{name}.{kind}"
 
 
-def split_third(key: str) -> tuple[str, int | None]:
-    """Split "in_proj_weight[1]" into ("in_proj_weight", 1); a key of a whole tensor into (key, None)."""
+TRANSPOSED = "T"
+VIEWS = ("0", "1", "2", TRANSPOSED)
+"""How a module's tensor lies in a file's: as a third of its rows, or transposed."""
+
+
+def split_view(key: str) -> tuple[str, str]:
+    """Split "in_proj_weight[1]" into ("in_proj_weight", "1"); a key of a whole tensor into (key, "")."""
     if key.endswith("]"):
-        name, _, number = key[:-1].rpartition("[")
-        return name, int(number)
-    return key, None
+        name, _, view = key[:-1].rpartition("[")
+        return name, view
+    return key, ""

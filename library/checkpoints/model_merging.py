@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
 from library.checkpoints.model_writing import config_metadata, plan_single_file
-from library.checkpoints.parts import PART_TITLES, PARTS, SHOWN, ModelPart, same_up_to_ones
+from library.checkpoints.parts import PART_TITLES, SHOWN, UNET, ModelPart, same_up_to_ones
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import PlannedTensor, with_progress, write_tensors
 from library.errors import UserError, counted, raise_all, some_names
@@ -37,7 +37,7 @@ class MergeOptions:
         models: files, diffusers folders, or ids at the Hub.
         ratios: a factor for each.
         target: the .safetensors file to write.
-        parts: those that are merged; the others are the first model's.
+        unet_only: merge the U-Nets; the other parts are the first model's.
         device: where tensors are summed.
         precision: torch's name of the type they are summed in; "float32" rounds once only, at the end.
         saving_precision: torch's name of the type they are saved in.
@@ -46,10 +46,14 @@ class MergeOptions:
     models: tuple[str, ...]
     ratios: tuple[float, ...]
     target: Path
-    parts: tuple[str, ...] = PARTS
+    unet_only: bool = False
     device: str = "cpu"
     precision: str = "float32"
     saving_precision: str = "float32"
+
+    def merges(self, kind: str) -> bool:
+        """Whether a part is merged."""
+        return kind == UNET or not self.unet_only
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def open_models(options: MergeOptions) -> list[BaseModelFiles]:
             problems += error.problems
     raise_all(problems)
     for model in models[1:]:
-        problems += _mismatches(models[0], model, options.parts)
+        problems += _mismatches(models[0], model, [kind for kind in model.parts if options.merges(kind)])
     raise_all(problems)
     return models
 
@@ -135,7 +139,7 @@ class WeightedSum:
 
         if not tensor.is_floating_point():
             return tensor
-        merges = kind in self._options.parts
+        merges = self._options.merges(kind)
         others = [model.parts[kind].sources[name].read().flatten() for model in self._models[1:]] if merges else []
         ratios = self._options.ratios if merges else (1.0,)
         flat, saved = tensor.flatten(), torch.empty(tensor.numel(), dtype=self._saved)
@@ -163,7 +167,7 @@ class WeightedSum:
 
     def _not_finite(self, kind: str, name: str) -> UserError:
         where = f"{name} of the {PART_TITLES[kind]}"
-        models = self._models if kind in self._options.parts else self._models[:1]
+        models = self._models if self._options.merges(kind) else self._models[:1]
         faulty = [str(model.path) for model in models if not model.parts[kind].sources[name].read().float().isfinite().all()]
         if faulty:
             return UserError(f"has values that are not finite in {', '.join(faulty)}", where=where)
@@ -220,7 +224,7 @@ def _recipe(models: Sequence[BaseModelFiles], options: MergeOptions) -> dict[str
     return {
         "models": [model.name for model in models],
         "ratios": list(options.ratios),
-        "parts": list(options.parts),
+        "parts": [kind for kind in models[0].parts if options.merges(kind)],
         "precision": options.precision,
     }
 
@@ -231,7 +235,7 @@ def _check_written(target: Path, first: BaseModelFiles, planned: Mapping[str, Pl
     found = {key: (place.shape, place.dtype) for key, place in file.places.items()}
     if found != {key: (tensor.shape, tensor.dtype) for key, tensor in planned.items()}:
         raise RuntimeError(f"{target}: the tensors are not those that were planned")
-    if any(set(model.parts[kind].sources) != set(first.parts[kind].sources) for kind in PARTS):
+    if any(set(model.parts[kind].sources) != set(first.parts[kind].sources) for kind in first.family.parts):
         raise RuntimeError(f"{target}: the parts are not those of {first.path}")
 
 

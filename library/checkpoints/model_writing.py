@@ -15,14 +15,14 @@ from library.checkpoints.atomic import atomic_write
 from library.checkpoints.base_model import BaseModelFiles
 from library.checkpoints.folder import scheduler_config
 from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences, infer_config
-from library.checkpoints.ldm_keys import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, split_third
+from library.checkpoints.ldm_keys import TRANSPOSED, split_view
 from library.checkpoints.part_names import check_names
-from library.checkpoints.parts import PARTS, TEXT_ENCODER, UNET, VAE, ModelPart, check_tensors
-from library.checkpoints.single_file import original_table
+from library.checkpoints.parts import TEXT_CLASSES, UNET, VAE, ModelPart, check_tensors
+from library.checkpoints.single_file import original_prefixes, original_table
 from library.checkpoints.tensor_places import TensorFile
 from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
 from library.errors import UserError
-from library.families.family import NOISE_SCHEDULE
+from library.families.family import NOISE_SCHEDULE, ModelFamily
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,12 @@ def _joined(thirds: list[PlannedTensor]) -> PlannedTensor:
     return PlannedTensor(shape=(3 * first.shape[0], *first.shape[1:]), dtype=first.dtype, make=make)
 
 
+def _transposed(matrix: PlannedTensor) -> PlannedTensor:
+    return PlannedTensor(shape=matrix.shape[::-1], dtype=matrix.dtype, make=lambda: matrix.make().T.contiguous())
+
+
 def _prefix(kind: str, model: BaseModelFiles) -> str:
-    return {UNET: UNET_PREFIX, VAE: VAE_PREFIX, TEXT_ENCODER: TEXT_PREFIXES[model.family.text_encoder_layout]}[kind]
+    return original_prefixes(kind, model.family)[0]
 
 
 def _original_shape(kind: str, name: str, shape: tuple[int, ...], linear_projections: bool) -> tuple[int, ...]:
@@ -95,8 +99,7 @@ def plan_single_file(
     """
     planned: dict[str, PlannedTensor] = {}
     thirds: dict[str, dict[int, PlannedTensor]] = {}
-    for kind in PARTS:
-        part = model.parts[kind]
+    for kind, part in model.parts.items():
         table = original_table(kind, part.config, model.family)
         if from_headers:
             check_names(part, table)
@@ -110,11 +113,11 @@ def plan_single_file(
                 raise UserError(f"{name} has no place in the original layout", where=part.where)
             shape = _original_shape(kind, name, module_shape, model.family.linear_projections)
             tensor = _plan(part, name, shape, dtype, change)
-            key, third = split_third(_prefix(kind, model) + original)
-            if third is None:
-                planned[key] = tensor
+            key, view = split_view(_prefix(kind, model) + original)
+            if view in ("", TRANSPOSED):
+                planned[key] = _transposed(tensor) if view else tensor
             else:
-                thirds.setdefault(key, {})[third] = tensor
+                thirds.setdefault(key, {})[int(view)] = tensor
     # A module lists its projections in an order of its own (keys, values, queries).
     planned |= {key: _joined([of_key[third] for third in range(3)]) for key, of_key in thirds.items()}
     kept = dict(_kept_beside(model, dtype))
@@ -147,46 +150,50 @@ def _copied(file: TensorFile, key: str, dtype: str | None) -> PlannedTensor:
 
 
 def _unused_text_layers(model: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
-    """The layers that a family drops when it is read, for readers that count them (SD2: OpenCLIP's last).
+    """What OpenCLIP's text encoders have and no model uses, for readers that count it (SD2: the last layer).
 
-    No reader uses their values, so the last layer that is used stands in, as do ones for the projection.
+    Its values mean nothing, so the last layer that is used stands in, as do ones for the scale, and the projection where a
+    family has no use for it.
     """
-    if not model.family.text_layers_dropped:
-        return {}
-    import torch
-
-    prefix = TEXT_PREFIXES[model.family.text_encoder_layout]
-    kept = model.parts[TEXT_ENCODER].config["num_hidden_layers"]
-    last = f"{prefix}transformer.resblocks.{kept - 1}."
-    fabricated = {
-        key.replace(last, f"{prefix}transformer.resblocks.{kept + number}."): tensor
-        for number in range(model.family.text_layers_dropped)
-        for key, tensor in planned.items()
-        if key.startswith(last)
-    }
-    norm = planned[f"{prefix}ln_final.weight"]
-    width, dtype = norm.shape[0], getattr(torch, norm.dtype)
-    fabricated[f"{prefix}text_projection"] = PlannedTensor(
-        (width, width), norm.dtype, lambda: torch.ones(width, width, dtype=dtype)
-    )
-    fabricated[f"{prefix}logit_scale"] = PlannedTensor((), norm.dtype, lambda: torch.ones((), dtype=dtype))
+    fabricated: dict[str, PlannedTensor] = {}
+    for encoder in model.family.text_encoders:
+        if encoder.layout != "open_clip":
+            continue
+        prefix, kept = encoder.file_prefixes[0], model.parts[encoder.part].config["num_hidden_layers"]
+        last = f"{prefix}transformer.resblocks.{kept - 1}."
+        for number in range(encoder.layers_dropped):
+            unused = f"{prefix}transformer.resblocks.{kept + number}."
+            fabricated |= {key.replace(last, unused): planned[key] for key in planned if key.startswith(last)}
+        norm = planned[f"{prefix}ln_final.weight"]
+        if not encoder.gives_pooled:
+            fabricated[f"{prefix}text_projection"] = _ones((norm.shape[0], norm.shape[0]), norm.dtype)
+        fabricated[f"{prefix}logit_scale"] = _ones((), norm.dtype)
     return fabricated
+
+
+def _ones(shape: tuple[int, ...], dtype: str) -> PlannedTensor:
+    def make() -> Tensor:
+        import torch
+
+        return torch.ones(shape, dtype=getattr(torch, dtype))
+
+    return PlannedTensor(shape=shape, dtype=dtype, make=make)
 
 
 def config_metadata(model: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> dict[str, str]:
     """The metadata entry that says what a single file's shapes do not; empty for models of the published sizes."""
     hints = {}
-    for kind in PARTS:
+    for kind, part in model.parts.items():
         prefix = _prefix(kind, model)
         shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in planned.items() if key.startswith(prefix)}
         inferred = infer_config(kind, shapes, model.family, str(model.path))
-        differences = config_differences(model.parts[kind].config, inferred)
+        differences = config_differences(part.config, inferred)
         if differences:
             hints[kind] = differences
     return {CONFIG_KEY: json.dumps(hints)} if hints else {}
 
 
-_WEIGHTS_NAMES = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT_ENCODER: "model"}
+_WEIGHTS_NAMES = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", **dict.fromkeys(TEXT_CLASSES, "model")}
 
 
 def write_folder(
@@ -211,19 +218,19 @@ def write_folder(
         UserError: where the model lacks tensors, or the folder cannot be written.
     """
     try:
-        for name in (*PARTS, "scheduler", "tokenizer"):
+        for name in (*model.parts, "scheduler", *(encoder.tokenizer for encoder in model.family.text_encoders)):
             (path / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder cannot be made ({error.strerror})", where=str(path)) from None
-    for kind in PARTS:
-        _write_part(model.parts[kind], path / kind, dtype, change, variant)
+    for kind, part in model.parts.items():
+        _write_part(part, path / kind, dtype, change, variant)
     source = reference or (model.path if model.path.is_dir() else None)
-    _write_tokenizer(model, source, path / "tokenizer")
+    _write_tokenizers(model, source, path)
     known = scheduler_config(source) if source else None
     schedule = known if known is not None else {"_class_name": "DDIMScheduler", **NOISE_SCHEDULE}
     scheduler = {**schedule, "prediction_type": model.resolved_prediction_type}
     _write_json(path / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(path / "model_index.json", _model_index(scheduler.get("_class_name", "DDIMScheduler")))
+    _write_json(path / "model_index.json", model_index(model.family, scheduler.get("_class_name", "DDIMScheduler")))
 
 
 def _write_part(part: ModelPart, folder: Path, dtype: str | None, change: Change | None, variant: str | None) -> None:
@@ -231,23 +238,25 @@ def _write_part(part: ModelPart, folder: Path, dtype: str | None, change: Change
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_tensors(part, shapes)
     # transformers before 5.6 knows its tensors by this level only, later ones by either name.
-    prefix = "text_model." if part.kind == TEXT_ENCODER else ""
+    prefix = "text_model." if part.kind in TEXT_CLASSES and "final_layer_norm.weight" in shapes else ""
     planned = {prefix + name: _plan(part, name, shape, dtype, change) for name, shape in shapes.items()}
     infix = f".{variant}" if variant else ""
     write_tensors(folder / f"{_WEIGHTS_NAMES[part.kind]}{infix}.safetensors", planned, {"format": "pt"})
-    if part.kind == TEXT_ENCODER:
-        module.config.architectures = ["CLIPTextModel"]
+    if part.kind in TEXT_CLASSES:
+        module.config.architectures = [TEXT_CLASSES[part.kind]]
         module.config.save_pretrained(folder)
     else:
         module.save_config(folder)
 
 
-def _write_tokenizer(model: BaseModelFiles, source: Path | None, folder: Path) -> None:
-    own = source / "tokenizer" if source else None
-    if own is None or not own.is_dir():
-        model.load_tokenizers()[0].save_pretrained(str(folder))
-    elif own.resolve() != folder.resolve():
-        shutil.copytree(own, folder, dirs_exist_ok=True)
+def _write_tokenizers(model: BaseModelFiles, source: Path | None, path: Path) -> None:
+    for encoder, tokenizer in zip(model.family.text_encoders, model.load_tokenizers(), strict=True):
+        folder = path / encoder.tokenizer
+        own = source / encoder.tokenizer if source else None
+        if own is None or not own.is_dir():
+            tokenizer.save_pretrained(str(folder))
+        elif own.resolve() != folder.resolve():
+            shutil.copytree(own, folder, dirs_exist_ok=True)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -255,16 +264,14 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def _model_index(scheduler_class: str) -> dict[str, Any]:
+def model_index(family: ModelFamily, scheduler_class: str) -> dict[str, Any]:
+    """What a folder's `model_index.json` says: diffusers finds the parts by it."""
     return {
-        "_class_name": "StableDiffusionPipeline",
+        **family.pipeline,
         "_diffusers_version": "0.30.0",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler_class],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{encoder.part: ["transformers", TEXT_CLASSES[encoder.part]] for encoder in family.text_encoders},
+        **{encoder.tokenizer: ["transformers", "CLIPTokenizer"] for encoder in family.text_encoders},
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
@@ -278,8 +285,8 @@ def same_tensors(written: BaseModelFiles, model: BaseModelFiles, dtype: str | No
     """
     import torch
 
-    for kind in PARTS:
-        mine, theirs = model.parts[kind], written.parts[kind]
+    for kind, mine in model.parts.items():
+        theirs = written.parts[kind]
         if set(mine.sources) != set(theirs.sources):
             raise RuntimeError(f"{written.path}: the names of the {kind} differ from those of {model.path}")
         for name, source in mine.sources.items():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from library.checkpoints.ldm_keys import KeyTable
-from library.checkpoints.parts import PART_TITLES, SHOWN, TEXT_ENCODER, ModelPart
+from library.checkpoints.parts import PART_TITLES, SHOWN, TEXT_CLASSES, ModelPart
 from library.errors import UserError, some_names
 
 _TEXT_LAYERS = "encoder.layers."
@@ -55,7 +55,7 @@ def check_names(part: ModelPart, table: KeyTable) -> None:
 def _layers(part: ModelPart, table: KeyTable) -> Iterator[str]:
     """The beginnings of names in the module."""
     for _, module in table.pairs():
-        if part.kind == TEXT_ENCODER and module == "encoder":
+        if part.kind in TEXT_CLASSES and module == "encoder":
             yield from (f"{_TEXT_LAYERS}{number}" for number in range(part.config["num_hidden_layers"]))
         else:
             yield module

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.ldm_keys import TRANSPOSED
 from library.checkpoints.tensor_places import TensorFile
 from library.errors import UserError, some_names
 
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-UNET, VAE, TEXT_ENCODER = "unet", "vae", "text_encoder"
-PARTS = (UNET, VAE, TEXT_ENCODER)  # of a base model
+UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "vae", "text_encoder", "text_encoder_2"
 CONTROL_NET = "control_net"
 SHOWN = 3  # tensors that a sentence names
-PART_TITLES: Mapping[str, str] = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder", CONTROL_NET: "ControlNet"}
+PART_TITLES: Mapping[str, str] = {
+    UNET: "U-Net",
+    VAE: "VAE",
+    TEXT_ENCODER: "text encoder",
+    TEXT_ENCODER_2: "second text encoder",
+    CONTROL_NET: "ControlNet",
+}
+TEXT_CLASSES: Mapping[str, str] = {TEXT_ENCODER: "CLIPTextModel", TEXT_ENCODER_2: "CLIPTextModelWithProjection"}
+"""Kind of a text encoder -> its class in transformers."""
+
 _DIFFUSERS_CLASSES = {UNET: "UNet2DConditionModel", VAE: "AutoencoderKL", CONTROL_NET: "ControlNetModel"}
 
 
@@ -32,21 +41,25 @@ class TensorSource:
     """A tensor of a module in a file.
 
     Attributes:
-        third: which third of the tensor's rows (queries, keys, values in one); None for all.
+        view: how the module's tensor lies in the file's, one of `ldm_keys.VIEWS`; "" for all of it.
     """
 
     file: TensorFile
     key: str
-    third: int | None = None
+    view: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
         shape = self.file.shape(self.key)
-        return shape if self.third is None else (shape[0] // 3, *shape[1:])
+        if self.view == TRANSPOSED:
+            return shape[::-1]
+        return (shape[0] // 3, *shape[1:]) if self.view else shape
 
     def read(self) -> Tensor:
         tensor = self.file.read(self.key)
-        return tensor if self.third is None else tensor.chunk(3)[self.third].clone()
+        if self.view == TRANSPOSED:
+            return tensor.T.contiguous()
+        return tensor.chunk(3)[int(self.view)].clone() if self.view else tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class ModelPart:
     """What it takes to build one module.
 
     Attributes:
-        kind: one of `PARTS`, or `CONTROL_NET`.
+        kind: one of the keys of `PART_TITLES`.
         config: in the words of diffusers or transformers.
         sources: the module's tensor names -> where they are; exactly those the module has.
         where: the file or folder, for sentences.
@@ -97,11 +110,11 @@ def _module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
     from library.quiet import quiet_libraries
 
     quiet_libraries()
-    if kind == TEXT_ENCODER:
-        from transformers import CLIPTextConfig, CLIPTextModel
+    if kind in TEXT_CLASSES:
+        import transformers
 
         settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "architectures")}
-        return CLIPTextModel(CLIPTextConfig(**settings))
+        return getattr(transformers, TEXT_CLASSES[kind])(transformers.CLIPTextConfig(**settings))
     import diffusers
 
     return getattr(diffusers, _DIFFUSERS_CLASSES[kind]).from_config(dict(config))
@@ -122,8 +135,8 @@ def _fill_computed_buffers(module: nn.Module, kind: str, device: torch.device | 
     """Buffers that are computed and not saved: they were left on the meta device."""
     import torch
 
-    if kind == TEXT_ENCODER:
-        embeddings: Any = module.get_submodule("embeddings")
+    if kind in TEXT_CLASSES:
+        embeddings: Any = getattr(module, "text_model", module).get_submodule("embeddings")
         count = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(count, device=device).expand((1, -1))
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]

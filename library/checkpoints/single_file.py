@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from library.checkpoints.inferred_configs import config_hints, infer_config
 from library.checkpoints.ldm_keys import (
-    OLD_CLIP_PREFIX,
-    TEXT_PREFIXES,
     UNET_PREFIX,
     VAE_PREFIX,
+    VIEWS,
     KeyTable,
     modern_vae_name,
     text_table,
     unet_table,
     vae_table,
 )
-from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart, TensorSource
+from library.checkpoints.parts import UNET, VAE, ModelPart, TensorSource
 from library.checkpoints.tensor_places import TensorFile
 from library.errors import UserError
 from library.families.detect import family_of_checkpoint
@@ -60,26 +59,33 @@ def read_checkpoint(file: TensorFile) -> CheckpointContent:
     where = str(file.path)
     shapes = file.shapes()
     family = family_of_checkpoint(shapes, where=where)
-    text_prefix = TEXT_PREFIXES[family.text_encoder_layout]
-    if not any(key.startswith(text_prefix) for key in shapes):
-        text_prefix = OLD_CLIP_PREFIX
-    parts = {
-        UNET: _part(file, UNET, UNET_PREFIX, family),
-        VAE: _part(file, VAE, VAE_PREFIX, family),
-        TEXT_ENCODER: _part(file, TEXT_ENCODER, text_prefix, family),
-    }
+    parts = {kind: _part(file, kind, _prefix_in(shapes, kind, family), family) for kind in family.parts}
     used = {source.key for part in parts.values() for source in part.sources.values()}
     rest = [key for key in file.places if key not in used]
-    dropped = _dropped_text_layers(family, text_prefix, parts[TEXT_ENCODER])
+    dropped = tuple(_dropped_text_layers(family, shapes, parts))
     beside = tuple(key for key in rest if _IGNORED.search(key) or key.startswith(dropped))
     unmatched = tuple(key for key in rest if key not in set(beside))
     return CheckpointContent(family, parts, beside, unmatched, _prediction_type_said(file, family))
 
 
-def _dropped_text_layers(family: ModelFamily, prefix: str, part: ModelPart) -> tuple[str, ...]:
+def original_prefixes(kind: str, family: ModelFamily) -> tuple[str, ...]:
+    """How the keys of a part may begin in single files; the first is written."""
+    known = {UNET: (UNET_PREFIX,), VAE: (VAE_PREFIX,)}
+    return known[kind] if kind in known else family.text_encoder(kind).file_prefixes
+
+
+def _prefix_in(shapes: Iterable[str], kind: str, family: ModelFamily) -> str:
+    """The one that a file has."""
+    prefixes = original_prefixes(kind, family)
+    return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)), prefixes[0])
+
+
+def _dropped_text_layers(family: ModelFamily, shapes: Iterable[str], parts: Mapping[str, ModelPart]) -> Iterator[str]:
     """Beginnings of the keys of layers that the family leaves out."""
-    kept = part.config["num_hidden_layers"]
-    return tuple(f"{prefix}transformer.resblocks.{kept + number}." for number in range(family.text_layers_dropped))
+    for encoder in family.text_encoders:
+        prefix, kept = _prefix_in(shapes, encoder.part, family), parts[encoder.part].config["num_hidden_layers"]
+        for number in range(encoder.layers_dropped):
+            yield f"{prefix}transformer.resblocks.{kept + number}."
 
 
 def _part(file: TensorFile, kind: str, prefix: str, family: ModelFamily) -> ModelPart:
@@ -99,21 +105,21 @@ def original_table(kind: str, config: Mapping[str, object], family: ModelFamily)
     layers = config["num_hidden_layers"]
     if not isinstance(layers, int):
         raise TypeError("num_hidden_layers is not a number")
-    return text_table(family.text_encoder_layout, layers)
+    return text_table(family.text_encoder(kind), layers)
 
 
 def _sources(file: TensorFile, prefix: str, table: KeyTable) -> Iterator[tuple[str, TensorSource]]:
     for key in file.places:
-        if not key.startswith(prefix) or _IGNORED.search(key):
+        if not key.startswith(prefix) or key.endswith("position_ids"):
             continue
         name = table.to_module(key.removeprefix(prefix))
         if name is not None:
             yield name, TensorSource(file, key)
             continue
-        for third in range(3):
-            name = table.to_module(f"{key.removeprefix(prefix)}[{third}]")
+        for view in VIEWS:
+            name = table.to_module(f"{key.removeprefix(prefix)}[{view}]")
             if name is not None:
-                yield name, TensorSource(file, key, third)
+                yield name, TensorSource(file, key, view)
 
 
 _SAID: Mapping[str, PredictionType] = {
@@ -144,8 +150,9 @@ def vae_of_file(file: TensorFile, family: ModelFamily) -> ModelPart:
         UserError: for files without one, and for models whose VAE is another one.
     """
     shapes, where = file.shapes(), str(file.path)
-    if any(key.startswith((UNET_PREFIX, "conditioner.")) for key in shapes):
-        family_of_checkpoint(shapes, where=where)  # SDXL's VAE has the same shapes, and other latents
+    if any(key.startswith(UNET_PREFIX) for key in shapes):
+        whole = family_of_checkpoint(shapes, where=where)
+        check_vae(whole.vae_config, family, where)  # the VAEs of families may have the same shapes, and other latents
     prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
     if f"{prefix}encoder.conv_in.weight" not in shapes:
         raise UserError("holds no VAE", where=where, remedy="give a VAE file, a checkpoint, or a diffusers folder")
@@ -177,16 +184,19 @@ def _diffusers_vae(file: TensorFile, prefix: str, family: ModelFamily) -> ModelP
     )
 
 
+_SCALE_OF_OLD_CONFIGS = 0.18215  # diffusers before 0.10 did not write it
+
+
 def check_vae(config: Mapping[str, object], family: ModelFamily, where: str) -> None:
     """Refuse a VAE that loads but speaks of other latents.
 
     Raises:
-        UserError: other channels, or another scale (SDXL's VAE has SD's shapes).
+        UserError: other channels, or another scale (the VAEs of families may have the same shapes).
     """
     channels = config.get("latent_channels", family.latent_channels)
     if channels != family.latent_channels:
         raise UserError(f"its VAE has {channels} latent channels, not {family.latent_channels}", where=where)
-    scale = config.get("scaling_factor", family.latent_scale)
+    scale = config.get("scaling_factor", _SCALE_OF_OLD_CONFIGS)
     if scale != family.latent_scale:
         raise UserError(
             f"its VAE scales latents by {scale}, while {family.title} takes {family.latent_scale}",

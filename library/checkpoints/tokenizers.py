@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.families.family import ModelFamily
+from library.families.family import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -48,14 +48,14 @@ def clip_vocabulary() -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
 
 
-def shipped_tokenizer(family: ModelFamily) -> CLIPTokenizer:
-    """The tokenizer of a family's (only) text encoder, padding as that family does."""
+def shipped_tokenizer(encoder: TextEncoder) -> CLIPTokenizer:
+    """The tokenizer of a text encoder, padding as that does."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer(
         vocab=clip_vocabulary(),
         merges=clip_merges(),  # type: ignore[arg-type]  # pairs are taken as well as texts
-        pad_token=family.pad_token,
+        pad_token=encoder.pad_token,
         model_max_length=MAX_TOKENS,
     )
 

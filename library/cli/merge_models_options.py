@@ -69,14 +69,13 @@ def parse_merge_options(argv: Sequence[str], *, description: str) -> MergeModels
     raise_all([*_count_problems(given, models), *_target_problems(given, target)])
 
     from library.checkpoints.model_merging import MergeOptions
-    from library.checkpoints.parts import PARTS, UNET
 
     return MergeModelsCommand(
         MergeOptions(
             models=models,
             ratios=given["ratios"] or tuple(1 / len(models) for _ in models),
             target=target,
-            parts=(UNET,) if given["unet_only"] else PARTS,
+            unet_only=bool(given["unet_only"]),
             device=checked_device(given["device"]),
             precision=PRECISIONS[given["precision"]],
             saving_precision=PRECISIONS[given["saving_precision"]],

@@ -1,13 +1,13 @@
 """Which family a file or folder belongs to, from names and shapes alone.
 
-What is not a Stable Diffusion 1 or 2 base model is refused by its own name: a sentence that says "this is SDXL" or "this is
-a LoRA" saves the search that "keys missing" begins.
+What is no base model of a known family is refused by its own name: a sentence that says "this is FLUX" or "this is a LoRA"
+saves the search that "keys missing" begins.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
+from library.families.sdxl import SDXL
 from library.text_files import read_json_object
 
-FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2)
+FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2, SDXL)
 DEFAULT_FAMILY = SD1
 """Of an adapter that does not tell and is not said to be for SD2, as in sd-scripts."""
+
+_TITLES = " or ".join([", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title])
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,7 +30,6 @@ _UNET = "model.diffusion_model."
 
 # What else a file may be, by a pattern that one of its keys matches; the first that matches names it.
 _OTHER_CHECKPOINTS: tuple[tuple[str, str], ...] = (
-    (r"^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.", "an SDXL checkpoint"),
     (r"(^|\.)joint_blocks\.\d+\.", "an SD3 checkpoint"),
     (r"(^|\.)double_blocks\.\d+\.", "a FLUX checkpoint"),
     (r"(^|\.)transformer_blocks\.\d+\.norm1_context\.", "an SD3 or FLUX transformer in diffusers' layout"),
@@ -39,7 +41,6 @@ _OTHER_CHECKPOINTS: tuple[tuple[str, str], ...] = (
     (r"^(emb_params$|string_to_param(\.|$)|clip_[lg]$)", "a textual inversion embedding, not a base model"),
     (r"^(control_model\.|controlnet_)", "a ControlNet, not a base model"),
     (r"^layers\.\d+\.linear\.weight$|^\d+\.linear1\.0\.weight$", "a hypernetwork, not a base model"),
-    (r"^add_embedding\.linear_1\.", "an SDXL U-Net in diffusers' layout"),
     (r"^down_blocks\.\d+\.(resnets|attentions)\.", "a U-Net in diffusers' layout without the other parts"),
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up)", "a VAE without the other parts"),
     (r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.", "a text encoder without the other parts"),
@@ -68,8 +69,8 @@ def family_of_checkpoint(shapes: Shapes, *, where: str | None = None) -> ModelFa
     Raises:
         UserError: naming what the file is instead, or which part it lacks.
     """
-    remedy = f"give a {SD1.title} or {SD2.title} model"
-    other = _first_match(shapes, _OTHER_CHECKPOINTS[:5])
+    remedy = f"give a {_TITLES} model"
+    other = _first_match(shapes, _OTHER_CHECKPOINTS[:4])
     if other is None and not any(key.startswith(_UNET) for key in shapes):
         other = (
             _first_match(shapes, _OTHER_CHECKPOINTS)
@@ -78,29 +79,30 @@ def family_of_checkpoint(shapes: Shapes, *, where: str | None = None) -> ModelFa
         other = "empty: it has no tensors" if not shapes else other
     if other:
         raise UserError(f"is {other}", where=where, remedy=remedy)
-    channels = shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 4))[1]
-    if channels != SD1.latent_channels:
-        kind = _OTHER_INPUTS.get(channels, f"a model with {channels} input channels")
-        raise UserError(f"is {kind}, whose U-Net takes {channels} channels instead of 4", where=where, remedy=remedy)
-    return _family_of_ldm_text_encoder(shapes, where)
-
-
-def _family_of_ldm_text_encoder(shapes: Shapes, where: str | None) -> ModelFamily:
-    if any(key.startswith("cond_stage_model.model.") for key in shapes):
-        return SD2
-    if any(key.startswith("cond_stage_model.transformer.") for key in shapes):
-        return SD1
-    width = _context_width(shapes, f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    found = next((family.title for family in FAMILIES if family.context_width == width), "Stable Diffusion")
+    _check_inputs(shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 4))[1], where, remedy)
+    for family in FAMILIES:
+        if all(any(key.startswith(encoder.file_prefixes) for key in shapes) for encoder in family.text_encoders):
+            return family
+    width = next((shape[1] for key, shape in shapes.items() if key.startswith(_UNET) and _CONTEXT.search(key)), None)
+    found = next((family for family in FAMILIES if family.context_width == width), None)
+    title = "Stable Diffusion" if found is None else found.title
+    prefixes = [encoder.file_prefixes[0] for encoder in (found or SD1).text_encoders]
+    missing = [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in shapes)]
     raise UserError(
-        f"has the U-Net of a {found} model, but no text encoder (cond_stage_model)",
+        f"has the U-Net of a {title} model, but no text encoder ({', '.join(missing)}*)",
         where=where,
         remedy="give the whole checkpoint",
     )
 
 
-def _context_width(shapes: Shapes, key: str) -> int | None:
-    return shapes[key][1] if key in shapes and len(shapes[key]) > 1 else None
+_CONTEXT = re.compile(r"\.attn2\.to_k\.weight$")
+
+
+def _check_inputs(channels: int, where: str | None, remedy: str) -> None:
+    """Refuse a U-Net that takes more than a latent."""
+    if channels != SD1.latent_channels:
+        kind = _OTHER_INPUTS.get(channels, f"a model with {channels} input channels")
+        raise UserError(f"is {kind}, whose U-Net takes {channels} channels instead of 4", where=where, remedy=remedy)
 
 
 # What else a file given as a ControlNet may be, likewise.
@@ -108,7 +110,6 @@ _OTHER_CONTROLS: tuple[tuple[str, str], ...] = (
     (r"^lllite_unet_", "a ControlNet-LLLite, which is for SDXL"),
     (r"^lora_controlnet$", "a Control-LoRA, which is for SDXL"),
     (r"(^|\.)(transformer_blocks\.\d+\.norm1_context|(double|joint)_blocks\.\d+)\.", "a ControlNet for SD3 or FLUX"),
-    (r"^(control_model\.)?label_emb\.|^add_embedding\.", "a ControlNet for SDXL"),
     (r"^(adapter\.)?body\.\d+\.(block\d\.|in_conv\.|resnets\.)", "a T2I-Adapter, not a ControlNet"),
 )
 _CONTROL_NET = re.compile(r"^(control_model\.)?input_hint_block\.0\.weight$|^controlnet_cond_embedding\.conv_in\.weight$")
@@ -117,28 +118,30 @@ _CONTROL_NET = re.compile(r"^(control_model\.)?input_hint_block\.0\.weight$|^con
 def family_of_control_net(shapes: Shapes, *, where: str | None = None) -> ModelFamily:
     """The family that a ControlNet is for, in the original layout or diffusers'.
 
-    By the context's width, and for other (tiny) widths by whether the projections are matrices.
+    By the context's width, and for other (tiny) widths by whether it takes sizes and whether the projections are matrices.
 
     Raises:
         UserError: naming what the file is instead.
     """
     other = _first_match(shapes, _OTHER_CONTROLS)
     if other is None and not any(map(_CONTROL_NET.match, shapes)):
-        known = (*_OTHER_CHECKPOINTS[:5], (rf"^{re.escape(_UNET)}", "a base model"), *_OTHER_CHECKPOINTS[5:])
+        known = (*_OTHER_CHECKPOINTS[:4], (rf"^{re.escape(_UNET)}", "a base model"), *_OTHER_CHECKPOINTS[4:])
         kind = (_first_match(shapes, known) or "").partition(",")[0]
         other = f"{kind}, not a ControlNet" if kind else "no ControlNet: it has no layers that read a hint image"
     if other:
-        raise UserError(f"is {other}", where=where, remedy=f"give a ControlNet for {SD1.title} or {SD2.title}")
+        raise UserError(f"is {other}", where=where, remedy=f"give a ControlNet for {_TITLES}")
     width = next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
     linear = any(len(shape) == 2 for key, shape in shapes.items() if key.endswith(".proj_in.weight"))
-    by_width = [family for family in FAMILIES if family.context_width == width]
-    return (by_width or [family for family in FAMILIES if family.linear_projections is linear])[0]
+    sized = any(re.match(r"(control_model\.)?(label_emb|add_embedding)\.", key) for key in shapes)
+    alike = [family for family in FAMILIES if bool(family.size_conditions) is sized]
+    by_width = [family for family in alike if family.context_width == width]
+    return (by_width or [family for family in alike if family.linear_projections is linear] or alike)[0]
 
 
 # A part's folder that only other pipelines have, and their name.
 _OTHER_FOLDERS = (
     ("transformer", "an SD3 or FLUX model"),
-    ("text_encoder_2", "an SDXL model"),
+    ("text_encoder_3", "an SD3 model"),
     ("prior", "a Stable Cascade model"),
 )
 
@@ -149,30 +152,41 @@ def family_of_folder(path: Path) -> ModelFamily:
     Raises:
         UserError: naming what the folder is instead, or the part it lacks.
     """
-    remedy = f"give a {SD1.title} or {SD2.title} model"
+    remedy = f"give a {_TITLES} model"
     for part, name in _OTHER_FOLDERS:
         if (path / part).is_dir():
             raise UserError(f"is {name}", where=str(path), remedy=remedy)
     unet = _read_config(path / "unet" / "config.json", path)
-    text_encoder = _read_config(path / "text_encoder" / "config.json", path)
-    channels = unet.get("in_channels", 4)
-    if channels != SD1.latent_channels:
-        kind = _OTHER_INPUTS.get(channels, f"a model with {channels} input channels")
-        raise UserError(f"is {kind}, whose U-Net takes {channels} channels instead of 4", where=str(path), remedy=remedy)
-    return family_of_configs(unet, text_encoder)
+    _check_inputs(unet.get("in_channels", 4), str(path), remedy)
+    parts = {encoder.part for family in FAMILIES for encoder in family.text_encoders}
+    found = sorted(part for part in parts if (path / part).is_dir()) or ["text_encoder"]
+    family = family_of_configs(unet, [_read_config(path / part / "config.json", path) for part in found])
+    missing = [encoder.part for encoder in family.text_encoders if encoder.part not in found]
+    if missing:
+        raise UserError(f"is a {family.title} model without its {missing[0]}", where=str(path), remedy="fetch it again")
+    return family
 
 
-def family_of_configs(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> ModelFamily:
+def family_of_configs(unet: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]) -> ModelFamily:
     """The family of diffusers configurations.
 
-    By the context's width, and for other (tiny) widths by the text encoder's activation function: `gelu` in OpenCLIP,
-    `quick_gelu` in OpenAI's CLIP.
+    Whether the U-Net takes sizes and how many text encoders there are, then the context's width, and for other (tiny) widths
+    the first text encoder's activation function: `gelu` in OpenCLIP, `quick_gelu` in OpenAI's CLIP.
+
+    Args:
+        unet: empty where there is none.
+        text_encoders: as many as there are.
     """
+    if unet:
+        alike = [family for family in FAMILIES if bool(family.size_conditions) is bool(unet.get("addition_embed_type"))]
+    else:
+        alike = [family for family in FAMILIES if len(family.text_encoders) >= len(text_encoders)]
     width = unet.get("cross_attention_dim")
-    for family in FAMILIES:
-        if family.context_width == width:
-            return family
-    return SD2 if text_encoder.get("hidden_act", "quick_gelu") == "gelu" else SD1
+    activation = text_encoders[0].get("hidden_act", "quick_gelu") if text_encoders else None
+    by_width = [family for family in alike if family.context_width == width]
+    by_count = [family for family in alike if len(family.text_encoders) == len(text_encoders)] or alike
+    by_activation = [family for family in by_count if family.text_encoders[0].config["hidden_act"] == activation]
+    return (by_width or by_activation or by_count)[0]
 
 
 def _read_config(path: Path, folder: Path) -> dict[str, Any]:
@@ -192,18 +206,10 @@ _OTHER_ADAPTERS: tuple[tuple[str, str], ...] = (
     (r"^(lora_)?transformer[._]", "a diffusion transformer (SD3, FLUX or newer)"),
     (r"^(lora_unet_|diffusion_model\.)(blocks|layers)[._]\d", "a diffusion transformer (Lumina, Wan or newer)"),
     (r"^(lora_te3_|text_encoder_3\.|t5\.|text_encoders\.t5)", "SD3 or FLUX"),
-    (r"^(lora_te2_|text_encoder_2\.|clip_g\.|text_encoders\.clip_g)", "SDXL"),
-    # SD1 and SD2 have one transformer block where SDXL has up to ten, and none in the first upward block.
-    (r"(label_emb|add_embedding)[._]", "SDXL"),
-    (r"(blocks|block)[._].*transformer_blocks[._][1-9]", "SDXL"),
-    (r"up_blocks[._]0[._]attentions|output_blocks[._]0[._]1[._]", "SDXL"),
 )
-_OTHER_CONTEXT_WIDTHS = {2048: "SDXL", 1280: "SDXL's second text encoder"}
 
 # How other families begin in `ss_base_model_version` and `modelspec.architecture`.
 _OTHER_VERSIONS = (
-    ("sdxl", "SDXL"),
-    ("stable-diffusion-xl", "SDXL"),
     ("sd3", "SD3"),
     ("stable-diffusion-3", "SD3"),
     ("flux", "FLUX"),
@@ -224,13 +230,23 @@ def adapter_origin(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily |
     other = _first_match(shapes, _OTHER_ADAPTERS)
     if other:
         return other
-    width = _adapter_width(shapes)
-    if width in _OTHER_CONTEXT_WIDTHS:
-        return _OTHER_CONTEXT_WIDTHS[width]
     for family in FAMILIES:
-        if family.context_width == width:
+        if _first_match(shapes, tuple((mark, family.name) for mark in family.adapter_marks)):
             return family
+    width = _adapter_width(shapes)
+    for widths in (_context_widths, _text_widths):
+        for family in FAMILIES:
+            if width in widths(family):
+                return family
     return _family_said(metadata)
+
+
+def _context_widths(family: ModelFamily) -> set[int]:
+    return {family.context_width}
+
+
+def _text_widths(family: ModelFamily) -> set[int]:
+    return {encoder.config["hidden_size"] for encoder in family.text_encoders}
 
 
 def family_of_adapter(
@@ -250,7 +266,7 @@ def family_of_adapter(
     """
     origin = adapter_origin(shapes, metadata or {}) or default
     if isinstance(origin, str):
-        raise UserError(f"is an adapter for {origin}", where=where, remedy=f"{SD1.title} and {SD2.title} are supported")
+        raise UserError(f"is an adapter for {origin}", where=where, remedy=f"give one for {_TITLES}")
     if origin is None:
         raise UserError(
             "says nowhere which models it is for: no layer has a known text condition's width, and metadata are missing",
@@ -263,7 +279,7 @@ def _family_said(metadata: Mapping[str, str]) -> ModelFamily | str | None:
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
     for family in FAMILIES:
-        if version in family.base_model_versions.values() or architecture in family.architectures.values():
+        if version.startswith(family.known_as) or architecture.startswith(family.known_as):
             return family
     for beginning, name in _OTHER_VERSIONS:
         if version.startswith(beginning) or architecture.startswith(beginning):
@@ -298,7 +314,7 @@ def _input_width(key: str, shapes: Shapes) -> int | None:
     layer, _, tensor = key.rpartition(".")
     if len(shape) == 1 and key.endswith(".weight") and f"{layer}.on_input" in shapes:
         # (IA)3 has one number for each input or each output; no output of a U-Net's layer is as wide as a text condition.
-        known = {family.context_width for family in FAMILIES} | {2048}
+        known = {family.context_width for family in FAMILIES}
         return shape[0] if shape[0] in known else None
     if len(shape) < 2:
         return None

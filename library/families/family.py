@@ -14,6 +14,52 @@ EPSILON: Final = "epsilon"
 V_PREDICTION: Final = "v_prediction"
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
+TextEncoderLayout = Literal["clip", "open_clip"]
+LayerWording = Literal["diffusers", "original"]
+
+SIZE_CONDITIONS = (
+    "original_height",
+    "original_width",
+    "crop_top",
+    "crop_left",
+    "target_height",
+    "target_width",
+    "aesthetic_score",
+)
+"""Numbers that a denoiser may take beside the text (Podell et al., arXiv:2307.01952, section 2.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """One text encoder of a family.
+
+    Attributes:
+        part: its name among a model's parts, and of its folder ("text_encoder").
+        tokenizer: of its tokenizer's folder.
+        adapter_prefix: how saved layer names of adapters begin ("lora_te").
+        layout: how single files name its tensors.
+        file_prefixes: how its keys may begin in single files; the first is written.
+        layers_dropped: layers at the end of a single file's that are not used (SD2: the last of 24).
+        last_used: the layer whose output is the condition, counted from the end, where a user says nothing (1: the last).
+        final_norm: the final norm follows that layer.
+        gives_pooled: it ends in a projection, whose output at the text's end conditions the denoiser as well.
+        pad_token, pad_token_id: what its tokenizer pads with.
+        config: of the full size, in transformers' words.
+    """
+
+    part: str
+    tokenizer: str
+    adapter_prefix: str
+    layout: TextEncoderLayout
+    file_prefixes: tuple[str, ...]
+    layers_dropped: int = 0
+    last_used: int = 1
+    final_norm: bool = True
+    gives_pooled: bool = False
+    pad_token: str = "<|endoftext|>"
+    pad_token_id: int = 49407
+    config: Mapping[str, Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
@@ -22,58 +68,81 @@ class ModelFamily:
     Attributes:
         name: short and stable, for code and file names ("sd1").
         title: for sentences ("Stable Diffusion 1.x").
-        text_encoder_prefixes: how saved layer names of adapters begin, one per text encoder.
-        denoiser_prefix: the same for the denoiser (here always a U-Net).
+        text_encoders: in the order of their features in the condition.
+        denoiser_prefix: how saved layer names of the denoiser (here always a U-Net) begin.
+        denoiser_wording: whose names of the denoiser's layers adapters are saved under.
         text_encoder_targets: module classes inside which every Linear layer may get an adapter.
         denoiser_targets: module classes inside which every Linear and Conv2d layer may get one (LierLa).
         denoiser_conv_targets: the classes in addition when 3x3 convolutions are trained as well (C3Lier).
-        block_count: places in a list of block weights.
-        block_index: saved or module name of a U-Net layer -> its place among them; None where it has none.
+        block_index: saved or module name of a U-Net layer -> its place in a list of block values; None where it has none.
+        block_sides: those places on the way down, in the middle, and on the way up, as learning rates are given.
+        block_places: the place of each among the 26 of block weights for merging (`block_weights.PLACES`); None for none.
+        size_conditions: numbers that the denoiser takes beside the text, in its order; names of `SIZE_CONDITIONS`.
         latent_scale: factor from the VAE's own units to the U-Net's.
         latent_channels: of a latent.
         latent_factor: pixels along one side of a latent's pixel.
         context_width: of the full-size model's text condition.
         is_v2: what sd-scripts' `--v2` and `ss_v2` say of the family.
         prediction_types: what models of the family predict; with one entry, a file need not say it.
+        known_as: how other programs' names of the family begin, in `ss_base_model_version` and `modelspec.architecture`.
+        adapter_marks: patterns that only layer names of this family's adapters match, in any layout.
         base_model_versions: prediction type -> `ss_base_model_version`.
         architectures: prediction type -> `modelspec.architecture` of a checkpoint.
         default_resolution: prediction type -> pixels along one side.
-        pad_token, pad_token_id: what the tokenizer pads with.
-        text_layers_dropped: layers at the end of a single file's text encoder that are not used (SD2: the last of 24).
-        text_encoder_layout: how single files name the text encoder: "clip" or "open_clip".
         linear_projections: the attention blocks' projections are matrices, not 1x1 convolutions.
         attention_heads: channels per level -> diffusers' `attention_head_dim`, which in spite of its name is a number of
             heads (one for all levels, or one per level).
-        unet_config, text_encoder_config, vae_config: the full-size parts, in the words of diffusers and transformers.
+        pipeline: what diffusers' `model_index.json` says beside its parts.
+        unet_config, vae_config: the full-size parts, in diffusers' words.
     """
 
     name: str
     title: str
-    text_encoder_prefixes: tuple[str, ...]
+    text_encoders: tuple[TextEncoder, ...]
     denoiser_prefix: str
+    denoiser_wording: LayerWording
     text_encoder_targets: tuple[str, ...]
     denoiser_targets: tuple[str, ...]
     denoiser_conv_targets: tuple[str, ...]
-    block_count: int
     block_index: Callable[[str], int | None]
+    block_sides: tuple[range, range, range]
+    block_places: tuple[int | None, ...]
+    size_conditions: tuple[str, ...]
     latent_scale: float
     latent_channels: int
     latent_factor: int
     context_width: int
     is_v2: bool
     prediction_types: tuple[str, ...]
+    known_as: tuple[str, ...]
+    adapter_marks: tuple[str, ...] = ()
     base_model_versions: Mapping[str, str]
     architectures: Mapping[str, str]
     default_resolution: Mapping[str, int]
-    pad_token: str
-    pad_token_id: int
-    text_layers_dropped: int
-    text_encoder_layout: str
     linear_projections: bool
     attention_heads: Callable[[Sequence[int]], int | list[int]]
+    pipeline: Mapping[str, Any]
     unet_config: Mapping[str, Any]
-    text_encoder_config: Mapping[str, Any]
     vae_config: Mapping[str, Any]
+
+    @property
+    def block_count(self) -> int:
+        """Places in a list of block values."""
+        return len(self.block_places)
+
+    @property
+    def text_encoder_prefixes(self) -> tuple[str, ...]:
+        """How saved layer names of adapters begin, one per text encoder."""
+        return tuple(encoder.adapter_prefix for encoder in self.text_encoders)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a base model, by kind: folders of these names hold them."""
+        return ("unet", "vae", *(encoder.part for encoder in self.text_encoders))
+
+    def text_encoder(self, part: str) -> TextEncoder:
+        """The text encoder that is a model's part of this name."""
+        return next(encoder for encoder in self.text_encoders if encoder.part == part)
 
 
 def heads_of_64(width: int) -> int:
@@ -92,4 +161,4 @@ NOISE_SCHEDULE: Mapping[str, Any] = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-"""What both families were trained with, in diffusers' words; a scheduler's prediction type is set beside it."""
+"""What all of them were trained with, in diffusers' words; a scheduler's prediction type is set beside it."""

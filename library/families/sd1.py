@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from library.families.family import EPSILON, V_PREDICTION, ModelFamily
+from library.families.family import EPSILON, V_PREDICTION, ModelFamily, TextEncoder
 
 _LAYER = re.compile(r"(down|up)_blocks[._](\d+)[._](resnets|attentions|downsamplers|upsamplers)[._](\d+)")
 _BLOCK_COUNT = 25
@@ -28,16 +28,42 @@ def unet_block_index(layer_name: str) -> int | None:
     return index if index < _BLOCK_COUNT else None
 
 
+CLIP_L = TextEncoder(
+    part="text_encoder",
+    tokenizer="tokenizer",
+    adapter_prefix="lora_te",
+    layout="clip",
+    # Files from before transformers had `text_model` lack that level.
+    file_prefixes=("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+    config={
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 768,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 49407,
+    },
+)
+
 SD1 = ModelFamily(
     name="sd1",
     title="Stable Diffusion 1.x",
-    text_encoder_prefixes=("lora_te",),
+    text_encoders=(CLIP_L,),
     denoiser_prefix="lora_unet",
+    denoiser_wording="diffusers",
     text_encoder_targets=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"),
     denoiser_targets=("Transformer2DModel",),
     denoiser_conv_targets=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
-    block_count=_BLOCK_COUNT,
     block_index=unet_block_index,
+    block_sides=(range(12), range(12, 13), range(13, _BLOCK_COUNT)),
+    block_places=tuple(range(1, _BLOCK_COUNT + 1)),
+    size_conditions=(),
     latent_scale=0.18215,
     latent_channels=4,
     latent_factor=8,
@@ -45,15 +71,18 @@ SD1 = ModelFamily(
     is_v2=False,
     # The published models all predict the noise; fine-tunes that predict v exist and say so.
     prediction_types=(EPSILON,),
+    known_as=("sd_v1", "stable-diffusion-v1"),
     base_model_versions={EPSILON: "sd_v1", V_PREDICTION: "sd_v1_v"},
     architectures={EPSILON: "stable-diffusion-v1", V_PREDICTION: "stable-diffusion-v1"},
     default_resolution={EPSILON: 512, V_PREDICTION: 512},
-    pad_token="<|endoftext|>",
-    pad_token_id=49407,
-    text_layers_dropped=0,
-    text_encoder_layout="clip",
     linear_projections=False,
     attention_heads=lambda _channels: 8,
+    pipeline={
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    },
     unet_config={
         "sample_size": 64,
         "in_channels": 4,
@@ -67,20 +96,6 @@ SD1 = ModelFamily(
         "use_linear_projection": False,
         "upcast_attention": False,
         "norm_num_groups": 32,
-    },
-    text_encoder_config={
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "projection_dim": 768,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407,
     },
     vae_config={
         "in_channels": 3,

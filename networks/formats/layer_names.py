@@ -118,11 +118,12 @@ def _layers(family: ModelFamily) -> Iterator[LayerName]:
             ending = f".{leaf}" if leaf else ""
             yield _layer(family.denoiser_prefix, "denoiser", module + ending, original + ending)
     # Adapters of a text encoder may have been trained with the layers that the family drops.
-    for number in range(family.text_encoder_config["num_hidden_layers"] + family.text_layers_dropped):
+    (encoder,) = family.text_encoders
+    for number in range(encoder.config["num_hidden_layers"] + encoder.layers_dropped):
         for leaf in _TEXT_LAYER:
             path = f"text_model.encoder.layers.{number}.{leaf}"
-            yield _layer(family.text_encoder_prefixes[0], "text_encoder", path, None)
-    yield _layer(family.text_encoder_prefixes[0], "text_encoder", "text_model.final_layer_norm", None)
+            yield _layer(encoder.adapter_prefix, "text_encoder", path, None)
+    yield _layer(encoder.adapter_prefix, "text_encoder", "text_model.final_layer_norm", None)
 
 
 def _layer(prefix: str, part: Part, path: str, original: str | None) -> LayerName:

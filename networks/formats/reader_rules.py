@@ -38,7 +38,7 @@ def text_attention(layers: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def whole_attention(header: Header, layers: Layers, effects: Effects) -> Findings:
     """In OpenCLIP's attention, which is one module, A1111 changes nothing unless all four projections are there."""
-    if header.family.text_encoder_layout != "open_clip":
+    if header.family.text_encoders[0].layout != "open_clip":
         return Findings()
     incomplete = [of.values() for of in text_attention(layers).values() if len(of) < len(ATTENTION)]
     why = "attention of the text encoder without all of q, k, v and out"
@@ -144,7 +144,7 @@ def _width_it_sees(layer: FileLayer) -> int | None:
 
 def only_in_clip(header: Header, layers: Layers, effects: Effects) -> Findings:
     """Names that A1111 finds in CLIP's text encoder and not in OpenCLIP's."""
-    if header.family.text_encoder_layout == "clip":
+    if header.family.text_encoders[0].layout == "clip":
         return Findings()
     names = (Trait.FIRST_OF_TWO_NAME, Trait.TEXT_NORM)
     return Findings(dropped={name: str(layer.traits[0]) for name, layer in layers.items() if layer.traits[0] in names})

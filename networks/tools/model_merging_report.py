@@ -8,7 +8,7 @@ from functools import partial
 
 from library.checkpoints.base_model import BaseModelFiles
 from library.checkpoints.model_merging import MergeOptions, TensorReport, WeightedSum, left_out
-from library.checkpoints.parts import PART_TITLES, PARTS, TEXT_ENCODER, UNET, VAE
+from library.checkpoints.parts import PART_TITLES, UNET, VAE
 from library.errors import counted
 from library.families.family import ModelFamily
 from library.tables import table
@@ -39,13 +39,11 @@ def _lines(models: Sequence[BaseModelFiles], options: MergeOptions, done: Weight
         named = ": " + ", ".join(keys) if name_left_out else " (--show_skipped names them)"
         lines.append(f"{path}: {counted(len(keys), 'tensor')} outside the parts left out{named}")
     rows = []
-    for kind in PARTS:
+    for kind in models[0].parts:
         reports = [report for (part, _), report in done.reports.items() if part == kind]
-        origin = f"{len(models)} models" if kind in options.parts else "the first model"
+        origin = f"{len(models)} models" if options.merges(kind) else "the first model"
         rounding = _share((report.rounding, report.merged) for report in reports)
-        away = [
-            f"{_away(reports, place):.2e}" if kind in options.parts or not place else "-" for place in range(len(models))
-        ]
+        away = [f"{_away(reports, place):.2e}" if options.merges(kind) or not place else "-" for place in range(len(models))]
         rows.append((PART_TITLES[kind], str(len(reports)), origin, *away, f"{rounding:.1e}"))
     titles = ("part", "tensors", "from", *(f"away from {place}" for place in range(1, len(models) + 1)), "rounding")
     lines += table(rows, titles, left=(0, 2))
@@ -79,7 +77,7 @@ def _content(models: Sequence[BaseModelFiles], options: MergeOptions, done: Weig
         "output": str(options.target),
         "models": [str(model.path) for model in models],
         "ratios": list(options.ratios),
-        "parts": [PART_TITLES[kind] for kind in options.parts],
+        "parts": [PART_TITLES[kind] for kind in models[0].parts if options.merges(kind)],
         "relative_distances": [_away(done.reports.values(), place) for place in range(len(models))],
         "tensors": {
             f"{kind}.{name}": {
@@ -113,7 +111,7 @@ def _by_block(
 ) -> dict[str, float]:
     """Block, or "VAE" -> ||a|| / ||b||, from the squares of a and b of each tensor."""
     found = {place: squares for place, report in done.reports.items() if (squares := pair(report)) is not None}
-    prefixes = {UNET: family.denoiser_prefix, TEXT_ENCODER: family.text_encoder_prefixes[0]}
+    prefixes = {UNET: family.denoiser_prefix, **{encoder.part: encoder.adapter_prefix for encoder in family.text_encoders}}
     norms = {
         f"{prefixes[kind]}_{name}": (math.sqrt(part), math.sqrt(whole))
         for (kind, name), (part, whole) in found.items()

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from library.checkpoints import atomic
 from library.checkpoints.base_model import open_base_model
 from library.checkpoints.hashes import sshs_hashes
-from library.checkpoints.parts import PARTS
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.cli.doors import run_door
@@ -125,7 +124,7 @@ def assert_same_changes(found, expected, tolerance):
 
 def tensors_of(path: Path) -> dict[tuple[str, str], torch.Tensor]:
     model = open_base_model(path)
-    return {(kind, name): source.read() for kind in PARTS for name, source in model.parts[kind].sources.items()}
+    return {(kind, name): source.read() for kind, part in model.parts.items() for name, source in part.sources.items()}
 
 
 def assert_model_is(path: Path, base: Path, expected) -> None:

@@ -11,6 +11,7 @@ import pytest
 from library.families.family import V_PREDICTION
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
+from library.families.sdxl import SDXL
 from tests.support.tiny_models import build_tiny_folder
 
 
@@ -40,6 +41,12 @@ def tiny_sd2_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_folder(tmp_path_factory.mktemp("models") / "tiny_sd2_v", SD2, V_PREDICTION)
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny SDXL model that predicts the noise."""
+    return build_tiny_folder(tmp_path_factory.mktemp("models") / "tiny_sdxl", SDXL)
+
+
 def _as_single_file(folder: Path) -> Path:
     """The same model as one file in the original layout."""
     from library.checkpoints.base_model import open_base_model
@@ -63,6 +70,12 @@ def tiny_sd1_file(tiny_sd1_folder: Path) -> Path:
 def tiny_sd2_file(tiny_sd2_folder: Path) -> Path:
     """The tiny SD2 model as one file in the original layout; nothing in it says what it predicts."""
     return _as_single_file(tiny_sd2_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_file(tiny_sdxl_folder: Path) -> Path:
+    """The tiny SDXL model as one file in the original layout."""
+    return _as_single_file(tiny_sdxl_folder)
 
 
 @pytest.fixture(scope="session")

@@ -14,37 +14,56 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.checkpoints.model_writing import model_index
+from library.checkpoints.parts import TEXT_CLASSES
 from library.checkpoints.tokenizers import shipped_tokenizer
 from library.families.family import EPSILON, NOISE_SCHEDULE, ModelFamily
-from library.families.sd2 import SD2
 from library.quiet import quiet_libraries
 
-TEXT_WIDTH = 32
+TEXT_WIDTHS = (32, 48)
+"""Of a family's text encoders, different so that none stands in for another."""
+
 TEXT_LAYERS = 3
-"""Layers of SD1's; SD2's has one less, as in the full size, where a single file's last layer is dropped."""
+"""Layers in a single file; SD2's module has one less, as in the full size, where the last is dropped."""
+
+POOLED = 40
+TIME_WIDTH = 8
 
 
 def tiny_configs(family: ModelFamily) -> dict[str, dict[str, Any]]:
-    """The configurations of a family's parts ("unet", "vae", "text_encoder"), shrunk but of the same structure."""
-    # SD2's heads are 64 wide where a layer is: channels to 128 let the levels differ (1, 1, 2, 2 heads).
-    channels = (32, 64, 128, 128) if family is SD2 else (32, 32, 64, 64)
-    unet = {
-        **family.unet_config,
-        "sample_size": 8,
-        "block_out_channels": channels,
-        "cross_attention_dim": TEXT_WIDTH,
-        "attention_head_dim": family.attention_heads(channels),
-    }
-    text_encoder = {
-        **family.text_encoder_config,
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": TEXT_LAYERS - family.text_layers_dropped,
-        "num_attention_heads": 1,
-        "projection_dim": TEXT_WIDTH,
+    """The configurations of a family's parts by kind, shrunk but of the same structure."""
+    text_encoders = {
+        encoder.part: {
+            **encoder.config,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": TEXT_LAYERS - encoder.layers_dropped,
+            "num_attention_heads": 1,
+            "projection_dim": POOLED if encoder.gives_pooled else width,
+        }
+        for encoder, width in zip(family.text_encoders, TEXT_WIDTHS, strict=False)
     }
     vae = {**family.vae_config, "sample_size": 64, "block_out_channels": (32, 32, 32, 32)}
-    return {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    return {"unet": _tiny_unet(family), "vae": vae, **text_encoders}
+
+
+def _tiny_unet(family: ModelFamily) -> dict[str, Any]:
+    full = family.unet_config
+    levels = len(full["block_out_channels"])
+    # Heads that are 64 wide where a layer is differ between the levels (1, 1, 2, 2) with channels to 128.
+    channels = (32, 64, 128, 128)[:levels] if family.linear_projections else (32, 32, 64, 64)[:levels]
+    unet = {
+        **full,
+        "sample_size": 8,
+        "block_out_channels": channels,
+        "cross_attention_dim": sum(TEXT_WIDTHS[: len(family.text_encoders)]),
+        "attention_head_dim": family.attention_heads(channels),
+    }
+    if family.size_conditions:
+        unet["addition_time_embed_dim"] = TIME_WIDTH
+        unet["projection_class_embeddings_input_dim"] = POOLED + TIME_WIDTH * len(family.size_conditions)
+        unet["transformer_layers_per_block"] = [min(depth, 3) for depth in full["transformer_layers_per_block"]]
+    return unet
 
 
 def fill_with_signal(module: nn.Module, seed: int = 0) -> None:
@@ -63,10 +82,10 @@ def fill_with_signal(module: nn.Module, seed: int = 0) -> None:
 
 
 def build_tiny_parts(family: ModelFamily, seed: int = 0) -> dict[str, nn.Module]:
-    """The modules themselves: "unet", "vae", "text_encoder", fp32, in evaluation mode."""
+    """The modules themselves by kind, fp32, in evaluation mode."""
     quiet_libraries()
+    import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     configs = tiny_configs(family)
     with torch.device("meta"):
@@ -75,7 +94,8 @@ def build_tiny_parts(family: ModelFamily, seed: int = 0) -> dict[str, nn.Module]
             "vae": AutoencoderKL(**configs["vae"]),
         }
     parts = {name: part.to_empty(device="cpu") for name, part in parts.items()}
-    parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+    for kind in TEXT_CLASSES.keys() & configs.keys():
+        parts[kind] = getattr(transformers, TEXT_CLASSES[kind])(transformers.CLIPTextConfig(**configs[kind]))
     for part in parts.values():
         fill_with_signal(part, seed)
         part.eval()
@@ -87,23 +107,12 @@ def build_tiny_folder(path: Path, family: ModelFamily, prediction_type: str = EP
     path = Path(path)
     for name, part in build_tiny_parts(family, seed).items():
         part.save_pretrained(path / name)  # type: ignore[operator]
-    shipped_tokenizer(family).save_pretrained(path / "tokenizer")
+    for encoder in family.text_encoders:
+        shipped_tokenizer(encoder).save_pretrained(path / encoder.tokenizer)
     scheduler = {"_class_name": "DDIMScheduler", **NOISE_SCHEDULE, "prediction_type": prediction_type}
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.30.0",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
     (path / "scheduler").mkdir()
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
-    (path / "model_index.json").write_text(json.dumps(index, indent=2))
+    (path / "model_index.json").write_text(json.dumps(model_index(family, "DDIMScheduler"), indent=2))
     return path
 
 

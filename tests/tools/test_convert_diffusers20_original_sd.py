@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from library.checkpoints.base_model import open_base_model
-from library.checkpoints.parts import PARTS
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError
+from library.families.sd1 import SD1
 from tools.convert_diffusers20_original_sd import convert, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def run_door(*argv: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def assert_same_model(path: Path, other: Path, dtype: torch.dtype = torch.float32) -> None:
     ours, theirs = open_base_model(path), open_base_model(other)
-    for kind in PARTS:
+    for kind in SD1.parts:
         mine, expected = ours.parts[kind], theirs.parts[kind]
         assert set(mine.sources) == set(expected.sources)
         for name, source in mine.sources.items():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.base_model import open_base_model, resolve_prediction_type
-from library.checkpoints.parts import PARTS
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.errors import UserError
@@ -34,7 +33,7 @@ def edited(path: Path, folder: Path, metadata: dict | None = None, **changes: Te
     return target
 
 
-@pytest.fixture(params=["sd1", "sd2"])
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
 def name(request):
     return request.param
 
@@ -54,20 +53,23 @@ def states(path: Path) -> dict[str, dict[str, Tensor]]:
     loaded = {
         "unet": model.load_denoiser(**CPU),
         "vae": model.load_vae(**CPU),
-        "text_encoder": model.load_text_encoders(**CPU)[0],
     }
+    encoders = zip(model.family.text_encoders, model.load_text_encoders(**CPU), strict=True)
+    loaded |= {encoder.part: module for encoder, module in encoders}
     return {kind: module.state_dict() for kind, module in loaded.items()}
 
 
 def test_a_folder_loads_what_diffusers_loads_from_it(folder):
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    references = {
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae"),
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
+    classes = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
     }
+    references = {kind: classes[kind].from_pretrained(folder / kind) for kind in states(folder)}
     for kind, state in states(folder).items():
         expected = references[kind].state_dict()
         assert set(state) == set(expected)
@@ -76,7 +78,7 @@ def test_a_folder_loads_what_diffusers_loads_from_it(folder):
 
 def test_a_single_file_loads_the_same_model_as_its_folder(folder, single_file):
     of_folder, of_file = states(folder), states(single_file)
-    for kind in PARTS:
+    for kind in of_folder:
         assert set(of_folder[kind]) == set(of_file[kind])
         for key, tensor in of_folder[kind].items():
             assert torch.equal(tensor, of_file[kind][key]), key
@@ -90,8 +92,10 @@ def test_both_containers_compute_the_same(folder, single_file):
         latents, image = torch.randn(1, 4, 8, 8, generator=stream), torch.randn(1, 3, 32, 32, generator=stream)
         ids = torch.tensor([[49406, 320, 2368, 49407]])
         with torch.no_grad():
-            text = model.load_text_encoders(**CPU)[0](ids).last_hidden_state
-            noise = model.load_denoiser(**CPU)(latents, 500, text).sample
+            texts = [encoder(ids) for encoder in model.load_text_encoders(**CPU)]
+            text = torch.cat([each.last_hidden_state for each in texts], dim=-1)
+            more = {"text_embeds": texts[-1].get("text_embeds"), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]])}
+            noise = model.load_denoiser(**CPU)(latents, 500, text, added_cond_kwargs=more).sample
             encoded = model.load_vae(**CPU).encode(image).latent_dist.mean
         outputs.append((text, noise, encoded))
     for of_folder, of_file in zip(*outputs, strict=True):
@@ -302,16 +306,19 @@ def test_another_vae_is_taken_from_every_form(form, other_vae, tiny_sd1_folder, 
     assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
-def test_a_vae_of_other_latents_is_refused(tiny_sd1_folder, tiny_sd1_file, tmp_path):
+def test_a_vae_of_other_latents_is_refused(tiny_sd1_folder, tiny_sd1_file, tiny_sdxl_folder, tiny_sdxl_file, tmp_path):
     copy = tmp_path / "vae"
     shutil.copytree(tiny_sd1_folder / "vae", copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025}))
     with pytest.raises(UserError, match=r"scales latents by 0\.13025, while Stable Diffusion 1\.x takes 0\.18215"):
         open_base_model(tiny_sd1_folder, vae_path=copy)
-    sdxl = edited(tiny_sd1_file, tmp_path, **{"conditioner.embedders.0.x": torch.ones(1)})
-    with pytest.raises(UserError, match="is an SDXL checkpoint"):
-        open_base_model(tiny_sd1_folder, vae_path=sdxl)
+    for base, other, scale in (
+        (tiny_sd1_folder, tiny_sdxl_file, 0.13025),
+        (tiny_sdxl_folder, tiny_sd1_file, 0.18215),
+    ):
+        with pytest.raises(UserError, match=f"scales latents by {scale}, while Stable Diffusion"):
+            open_base_model(base, vae_path=other)
     lora = tmp_path / "lora.safetensors"
     write_tensors(lora, {"lora_unet_x.lora_down.weight": torch.ones(2, 2)})
     with pytest.raises(UserError, match="holds no VAE"):

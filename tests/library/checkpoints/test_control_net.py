@@ -118,7 +118,6 @@ KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 OTHERS = {
     "a ControlNet-LLLite, which is for SDXL": "lllite_unet_input_blocks_4_1.conditioning1.0.weight",
     "a Control-LoRA, which is for SDXL": "lora_controlnet",
-    "a ControlNet for SDXL": "control_model.label_emb.0.0.weight",
     "a ControlNet for SD3 or FLUX": "transformer_blocks.0.norm1_context.linear.weight",
     "a T2I-Adapter, not a ControlNet": "adapter.body.0.resnets.0.block1.weight",
     "a base model, not a ControlNet": "model.diffusion_model.input_blocks.0.0.weight",

@@ -108,10 +108,10 @@ def test_the_vocabulary_follows_from_the_merges():
 
 @pytest.mark.parametrize("family", [SD1, SD2], ids=["sd1", "sd2"])
 def test_the_shipped_tokenizer_reads_the_published_example_and_pads_as_its_family(family):
-    tokenizer = shipped_tokenizer(family)
+    tokenizer = shipped_tokenizer(family.text_encoders[0])
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("A  Photo\nOF a CAT").input_ids == tokenizer("a photo of a cat").input_ids
-    assert tokenizer.pad_token_id == family.pad_token_id
+    assert tokenizer.pad_token_id == family.text_encoders[0].pad_token_id
     assert tokenizer.decode(tokenizer("Ünïcode 猫 🐈").input_ids, skip_special_tokens=True).replace(" ", "") == "ünïcode猫🐈"
 
 

@@ -7,19 +7,24 @@ from functools import cache
 import pytest
 
 from library.checkpoints.inferred_configs import infer_config
-from library.checkpoints.ldm_keys import KeyTable, modern_vae_name, split_third
-from library.checkpoints.parts import PARTS, TEXT_ENCODER, UNET, VAE, ModelPart
+from library.checkpoints.ldm_keys import TRANSPOSED, KeyTable, modern_vae_name, split_view
+from library.checkpoints.parts import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, ModelPart
 from library.checkpoints.single_file import original_table, read_checkpoint
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_places import TensorFile
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
+from library.families.sdxl import SDXL
 
+FAMILIES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 FULL_CONFIGS = {
-    family.name: {UNET: family.unet_config, VAE: family.vae_config, TEXT_ENCODER: family.text_encoder_config}
-    for family in (SD1, SD2)
+    family.name: {
+        UNET: family.unet_config,
+        VAE: family.vae_config,
+        **{encoder.part: encoder.config for encoder in family.text_encoders},
+    }
+    for family in FAMILIES.values()
 }
-FAMILIES = {"sd1": SD1, "sd2": SD2}
 
 
 @cache
@@ -35,8 +40,8 @@ def original_shapes(name: str, kind: str) -> dict[str, tuple[int, ...]]:
     for key, shape in full_shapes(name, kind).items():
         original = table.to_original(key)
         assert original is not None, key
-        whole, third = split_third(original)
-        shapes[whole] = shape if third is None else (3 * shape[0], *shape[1:])
+        whole, view = split_view(original)
+        shapes[whole] = shape[::-1] if view == TRANSPOSED else (3 * shape[0], *shape[1:]) if view else shape
     return shapes
 
 
@@ -45,6 +50,7 @@ def original_shapes(name: str, kind: str) -> dict[str, tuple[int, ...]]:
 PUBLISHED_COUNTS = {
     ("sd1", UNET): 686, ("sd1", VAE): 248, ("sd1", TEXT_ENCODER): 196,
     ("sd2", UNET): 686, ("sd2", VAE): 248, ("sd2", TEXT_ENCODER): 280,
+    ("sdxl", UNET): 1680, ("sdxl", VAE): 248, ("sdxl", TEXT_ENCODER): 196, ("sdxl", TEXT_ENCODER_2): 389,
 }  # fmt: skip
 
 
@@ -152,7 +158,7 @@ def test_sd2s_text_encoder_computes_what_open_clips_layout_means(tiny_sd2_file, 
 
 def test_parts_and_what_lies_beside_them_account_for_every_key(tiny_sd2_file):
     content = read_checkpoint(open_tensor_file(tiny_sd2_file))
-    used = {source.key for kind in PARTS for source in content.parts[kind].sources.values()}
+    used = {source.key for part in content.parts.values() for source in part.sources.values()}
     assert used | set(content.beside) == set(open_tensor_file(tiny_sd2_file).keys())
     assert content.unmatched == ()
     assert len(content.beside) == 12 + 2, "the dropped layer, text_projection and logit_scale"

@@ -25,7 +25,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def tokenizer(family):
-    return shipped_tokenizer(family)
+    return shipped_tokenizer(family.text_encoders[0])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_the_published_example_has_its_published_ids(family, tokenizer):
     ids = tokenize(tokenizer, ["a photo of a cat"]).ids
     assert ids.shape == (1, 1, 77)
     assert ids[0, 0, :7].tolist() == [START, 320, 1125, 539, 320, CAT, END]
-    assert ids[0, 0, 7:].unique().tolist() == [family.pad_token_id]
+    assert ids[0, 0, 7:].unique().tolist() == [family.text_encoders[0].pad_token_id]
 
 
 def test_one_chunk_is_what_the_tokenizer_itself_makes_of_a_text(tokenizer):
@@ -63,7 +63,7 @@ def sd_scripts_chunks(row: list[int], pad: int) -> list[list[int]]:
 def test_long_texts_are_cut_as_sd_scripts_cuts_them(family, tokenizer, max_length, words):
     text = "cat " * words
     row = tokenizer(text, padding="max_length", truncation=True, max_length=max_length + 2).input_ids
-    expected = sd_scripts_chunks(row, family.pad_token_id)
+    expected = sd_scripts_chunks(row, family.text_encoders[0].pad_token_id)
     assert tokenize(tokenizer, [text], max_length=max_length).ids[0].tolist() == expected
     assert len(expected) == max_length // 75
 
@@ -71,7 +71,7 @@ def test_long_texts_are_cut_as_sd_scripts_cuts_them(family, tokenizer, max_lengt
 def test_exclamation_marks_are_text_and_not_sd2s_padding(tokenizer):
     """OpenCLIP, with which SD2 was trained, reads "!" as 256; the ready-made SD2 tokenizer reads it as its padding, 0."""
     assert token_ids(tokenizer, "cat!") == [CAT, 256]
-    assert token_ids(tokenizer, "wow!!") == token_ids(shipped_tokenizer(SD1), "wow!!")
+    assert token_ids(tokenizer, "wow!!") == token_ids(shipped_tokenizer(SD1.text_encoders[0]), "wow!!")
 
 
 def test_lengths_that_are_no_whole_chunks_are_refused(tokenizer):
@@ -247,8 +247,8 @@ def test_prompts_without_commas_are_laid_out_as_in_training(tokenizer, words):
 def test_break_fills_its_chunk_with_the_padding_of_the_model(family, tokenizer):
     chunks = text_chunks(tokenizer, "cat BREAK dog", breaks=True)
     ids = chunk_batch(tokenizer, [chunks], chunks=3).ids[0]
-    assert ids[:, :3].tolist() == [[START, CAT, END], [START, DOG, END], [START, END, family.pad_token_id]]
-    assert ids[:, 3:].unique().tolist() == [family.pad_token_id]
+    assert ids[:, :3].tolist() == [[START, CAT, END], [START, DOG, END], [START, END, family.text_encoders[0].pad_token_id]]
+    assert ids[:, 3:].unique().tolist() == [family.text_encoders[0].pad_token_id]
 
 
 def test_chunks_beyond_the_room_are_left_out(tokenizer):

@@ -89,7 +89,7 @@ def test_files_that_are_none_are_refused(tensors, sentence, tmp_path):
 
 @pytest.fixture(params=[SD1, SD2], ids=lambda family: family.name)
 def models(request):
-    return shipped_tokenizer(request.param), build_tiny_parts(request.param)["text_encoder"]
+    return shipped_tokenizer(request.param.text_encoders[0]), build_tiny_parts(request.param)["text_encoder"]
 
 
 def embedding(name: str, vectors: Tensor = VECTORS) -> Embedding:

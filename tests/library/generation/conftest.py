@@ -21,7 +21,7 @@ def tiny_models(kind: str) -> PipelineModels:
         denoiser=parts["unet"],
         vae=parts["vae"],
         text_encoders=[parts["text_encoder"]],
-        tokenizers=[shipped_tokenizer(family)],
+        tokenizers=[shipped_tokenizer(family.text_encoders[0])],
         latent_scale=family.latent_scale,
         prediction_type=prediction_type,
     )

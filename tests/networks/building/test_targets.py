@@ -29,7 +29,7 @@ def full_size(request):
     family = SD1 if request.param == "sd1" else SD2
     with torch.device("meta"):
         unet = UNet2DConditionModel(**{**family.unet_config, "use_linear_projection": request.param == "sd2_linear"})
-        text_encoder = CLIPTextModel(CLIPTextConfig(**family.text_encoder_config))
+        text_encoder = CLIPTextModel(CLIPTextConfig(**family.text_encoders[0].config))
     return request.param, text_encoder, unet
 
 

@@ -75,7 +75,7 @@ class TestLayers:
 
         with torch.device("meta"):
             unet = UNet2DConditionModel(**family.unet_config)
-            text_encoder = CLIPTextModel(CLIPTextConfig(**family.text_encoder_config))
+            text_encoder = CLIPTextModel(CLIPTextConfig(**family.text_encoders[0].config))
         for target in model_layers(family, text_encoder, unet):
             layer = layer_names(family).find(target.name)
             assert layer is not None, target.name
