@@ -67,11 +67,11 @@ def make_models(device: str, dtype: torch.dtype) -> PipelineModels:
     )
     denoiser, vae, text_encoder = (part.eval().requires_grad_(False) for part in parts)
     return PipelineModels(
+        family=SD1,
         denoiser=denoiser,
         vae=vae,
         text_encoders=[text_encoder],
         tokenizers=[shipped_tokenizer(SD1.text_encoders[0])],
-        latent_scale=SD1.latent_scale,
     )
 
 

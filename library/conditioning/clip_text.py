@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.conditioning import prompt_weights
+from library.conditioning.condition import Condition
 from library.conditioning.learned_words import learned_words
 
 if TYPE_CHECKING:
@@ -166,51 +167,79 @@ def _weights_in_chunks(weights: list[float], max_length: int) -> list[list[float
     return [[1.0, *row[first : first + CHUNK], 1.0] for first in range(0, max_length, CHUNK)]
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Which layer's output counts.
+
+    Attributes:
+        from_end: 1 for the last.
+        final_norm: the encoder's final norm follows.
+    """
+
+    from_end: int = 1
+    final_norm: bool = True
+
+
+LAST_LAYER = Layers()
+
+
 def encode(
     text_encoder: nn.Module,
     tokens: TokenBatch,
     *,
-    clip_skip: int | None = None,
+    layers: Layers = LAST_LAYER,
     weight_mode: WeightMode = "multiply",
     whole_chunks: bool = False,
-) -> Tensor:
+    pooled_at: int | None = None,
+) -> Condition:
     """Conditions of a batch of tokens.
 
     Args:
-        text_encoder: a CLIPTextModel; gradients flow into it where they are enabled.
+        text_encoder: a CLIPTextModel, or a CLIPTextModelWithProjection; gradients flow into it where they are enabled.
         tokens: from `tokenize`.
-        clip_skip: k takes the k-th layer's output from the end, with the final norm; None and 1 are the last one's.
+        layers: whose output is the context.
         weight_mode: "multiply" scales each token's vector (training); "keep_mean" then scales the whole so that its mean is
             what it was without weights, as AUTOMATIC1111 does (generation).
         whole_chunks: keep start and end of every chunk, as programs that draw pictures do; training leaves out inner ones.
+        pooled_at: the token whose last features, projected, stand for the whole text: its first in the first chunk, which is
+            the text's end; None for an encoder without projection.
 
     Returns:
-        (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), whole chunks. In
-        the encoder's dtype and device.
+        context: (B, n * 75 + 2, D): the start, the 75 tokens of every chunk, the last one's end; or (B, n * 77, D), whole
+        chunks. pooled: (B, P). In the encoder's dtype and device.
 
     Raises:
-        ValueError: for a clip_skip that the encoder has no layer for.
+        ValueError: for a layer that the encoder does not have.
     """
     count, chunks, _ = tokens.ids.shape
     device = next(text_encoder.parameters()).device
-    hidden = _hidden_states(text_encoder, tokens.ids.to(device).flatten(0, 1), clip_skip)
+    ids = tokens.ids.to(device)
+    hidden, last = _hidden_states(text_encoder, ids.flatten(0, 1), layers)
+    pooled = None
+    if pooled_at is not None:
+        ends = (ids[:, 0] == pooled_at).int().argmax(dim=-1)
+        of_ends = last.unflatten(0, (count, chunks))[torch.arange(count, device=device), 0, ends]
+        pooled = text_encoder.get_submodule("text_projection")(of_ends)
     join = partial(torch.flatten, start_dim=1, end_dim=2) if whole_chunks else _joined
     joined = join(hidden.unflatten(0, (count, chunks)))
-    if tokens.weights is None:
-        return joined
-    return _weighted(joined, join(tokens.weights.to(device)), weight_mode)
+    if tokens.weights is not None:
+        joined = _weighted(joined, join(tokens.weights.to(device)), weight_mode)
+    return Condition(joined, pooled)
 
 
-def _hidden_states(text_encoder: Any, ids: Tensor, clip_skip: int | None) -> Tensor:
-    """(chunks, 77) -> (chunks, 77, D)."""
-    if clip_skip in (None, 1):
-        return text_encoder(ids).last_hidden_state
-    layers = text_encoder.config.num_hidden_layers
-    if clip_skip is None or not 1 <= clip_skip <= layers:
-        raise ValueError(f"clip_skip must be 1 to {layers}, the text encoder's layers, not {clip_skip}")
-    hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-clip_skip]
-    # transformers before 5.6 keeps the layers one level deeper
-    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm(hidden)
+def _hidden_states(text_encoder: Any, ids: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
+    """(chunks, 77) -> (chunks, 77, D) of the layer, and of the last one with the final norm."""
+    count = text_encoder.config.num_hidden_layers
+    if not 1 <= layers.from_end <= count:
+        raise ValueError(f"clip_skip must be 1 to {count}, the text encoder's layers, not {layers.from_end}")
+    # What projects is built around what does not; transformers before 5.6 has that level in both.
+    whole = getattr(text_encoder, "text_model", text_encoder)
+    if layers == LAST_LAYER:
+        last = whole(ids).last_hidden_state
+        return last, last
+    outputs = whole(ids, output_hidden_states=True)
+    hidden = outputs.hidden_states[-layers.from_end]
+    return whole.final_layer_norm(hidden) if layers.final_norm else hidden, outputs.last_hidden_state
 
 
 def _joined(chunks: Tensor) -> Tensor:

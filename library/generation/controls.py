@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -189,7 +189,7 @@ class ControlNets:
         return cls(uses, [file.load(denoiser, dtype=dtype, device=device) for file in files])
 
     def denoiser_arguments(
-        self, *, share: float, latents: Tensor, timestep: Tensor, context: Tensor, owners: Sequence[ImageRequest]
+        self, *, share: float, latents: Tensor, timestep: Tensor, told: Mapping[str, Any], owners: Sequence[ImageRequest]
     ) -> dict[str, Any]:
         """Further arguments of diffusers' `UNet2DConditionModel.forward`; none where nothing is added.
 
@@ -197,7 +197,7 @@ class ControlNets:
             share: of the steps that are done, from 0; below 1.
             latents: (R, C, h, w), as the denoiser gets them.
             timestep: as the denoiser gets it.
-            context: (R, L, D).
+            told: the call's other keywords, which the ControlNets are given too.
             owners: the request that each of the R rows belongs to; one without `control_images` is not controlled.
 
         Raises:
@@ -208,30 +208,30 @@ class ControlNets:
         added: list[Tensor] = []
         for number, use in enumerate(self._uses):
             if share < use.ratio and use.multiplier:
-                residuals = self._residuals(number, latents, timestep, context, owners)
+                residuals = self._residuals(number, latents, timestep, told, owners)
                 added = [one + more for one, more in zip(added, residuals, strict=True)] if added else residuals
         if not added:
             return {}
         return {"down_block_additional_residuals": tuple(added[:-1]), "mid_block_additional_residual": added[-1]}
 
     def _residuals(
-        self, number: int, latents: Tensor, timestep: Tensor, context: Tensor, owners: Sequence[ImageRequest]
+        self, number: int, latents: Tensor, timestep: Tensor, told: Mapping[str, Any], owners: Sequence[ImageRequest]
     ) -> list[Tensor]:
         """What one of them adds to every skip connection, and to the middle as the last."""
         import torch
 
         use, net = self._uses[number], self.nets[number]
-        like = next(net.parameters())
+        like = next(net.parameters())  # of the denoiser's type
         height, width = (side * LATENT_FACTOR for side in latents.shape[-2:])
         hints = [self._hint_of(owner, number, width, height) for owner in owners]
         strengths = [use.multiplier if owner.control_images else 0.0 for owner in owners]
         skips, middle = net(
-            latents.to(like.dtype),
+            latents,
             timestep,
-            encoder_hidden_states=context.to(like.dtype),
             controlnet_cond=torch.cat(hints).to(like),
             conditioning_scale=torch.tensor(strengths).view(-1, 1, 1, 1).to(like),
             return_dict=False,
+            **told,
         )
         return [*skips, middle]
 

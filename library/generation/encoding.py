@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
 from library.conditioning import clip_text
+from library.conditioning.condition import Condition
+from library.conditioning.text_encoders import TextEncoders
 from library.generation.placing import on_device
 
 REMEMBERED = 512  # conditions; one of SD1 has 0.2 MB in fp32
 
-Chunks = list[list[tuple[int, float]]]
+Chunks = list[clip_text.WeightedTokens]
 
 
 class PromptEncoder:
@@ -26,22 +27,21 @@ class PromptEncoder:
     Args:
         max_chunks: 1 or more; tokens beyond are dropped, with a note.
         note: is told what was dropped, once per text.
-        stays: whether the text encoder is on the device all the time, and not just while it computes.
+        stays: whether the text encoders are on the device all the time, and not just while it computes.
     """
 
     def __init__(
         self,
-        tokenizers: Sequence[Any],
-        text_encoders: Sequence[nn.Module],
+        texts: TextEncoders,
         *,
         max_chunks: int,
         note: Callable[[str], None],
         stays: bool = True,
     ) -> None:
-        self._tokenizer, self._text_encoder = tokenizers[0], text_encoders[0]
+        self._texts = texts
         self._max_chunks, self._note, self._stays = max_chunks, note, stays
-        self._known_chunks: dict[tuple[str, bool], Chunks] = {}
-        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._known_chunks: dict[tuple[str, bool], list[Chunks]] = {}
+        self._known: OrderedDict[Hashable, Condition] = OrderedDict()
 
     def chunks_needed(self, texts: Iterable[str], *, extended: bool) -> int:
         """Chunks of the longest of several texts.
@@ -49,16 +49,18 @@ class PromptEncoder:
         Args:
             extended: read `BREAK`.
         """
-        return max(len(self._chunks_of(text, extended)) for text in texts)
+        return max(len(chunks) for text in texts for chunks in self._chunks_of(text, extended))
 
-    def _chunks_of(self, text: str, extended: bool) -> Chunks:
+    def _chunks_of(self, text: str, extended: bool) -> list[Chunks]:
+        """A text's chunks for each text encoder."""
         if (text, extended) not in self._known_chunks:
-            chunks = clip_text.text_chunks(self._tokenizer, text, breaks=extended)
-            dropped = sum(map(len, chunks[self._max_chunks :]))
+            tokenizers = self._texts.tokenizers
+            of_each = [clip_text.text_chunks(tokenizer, text, breaks=extended) for tokenizer in tokenizers]
+            dropped = sum(map(len, of_each[0][self._max_chunks :]))
             if dropped:
-                total = sum(map(len, chunks))
+                total = sum(map(len, of_each[0]))
                 self._note(f"the prompt {shortened(text)!r} has {total} tokens; the last {dropped} are left out")
-            self._known_chunks[text, extended] = chunks[: self._max_chunks]
+            self._known_chunks[text, extended] = [chunks[: self._max_chunks] for chunks in of_each]
         return self._known_chunks[text, extended]
 
     def encode(
@@ -71,22 +73,26 @@ class PromptEncoder:
         state: Hashable,
         prepare: Callable[[], object],
         device: torch.device,
-    ) -> Tensor:
-        """(1, chunks * 77, D): the condition of a text.
+    ) -> Condition:
+        """The condition of a text; its context is (1, chunks * 77, D).
 
         Args:
             chunks: as many as `chunks_needed` or more.
-            state: of the text encoder: equal where it computes the same.
-            prepare: brings it into that state; called if there is something to compute.
+            state: of the text encoders: equal where they compute the same.
+            prepare: brings them into that state; called if there is something to compute.
         """
         key = (text, chunks, clip_skip, extended, state)
         if key not in self._known:
-            tokens = clip_text.chunk_batch(self._tokenizer, [self._chunks_of(text, extended)], chunks=chunks)
+            of_each = zip(self._texts.tokenizers, self._chunks_of(text, extended), strict=True)
+            tokens = [clip_text.chunk_batch(tokenizer, [own], chunks=chunks) for tokenizer, own in of_each]
             prepare()
-            with on_device(self._text_encoder, device, stays=self._stays):
-                condition = clip_text.encode(
-                    self._text_encoder, tokens, clip_skip=clip_skip, weight_mode="keep_mean", whole_chunks=True
-                )
+            condition = self._texts.encode(
+                tokens,
+                clip_skip=clip_skip,
+                weight_mode="keep_mean",
+                whole_chunks=True,
+                around=partial(on_device, device=device, stays=self._stays),
+            )
             self._known[key] = condition.to(device)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
@@ -94,7 +100,7 @@ class PromptEncoder:
         return self._known[key]
 
     def forget(self) -> None:
-        """Drop what was computed, since text encoder and tokenizer may change."""
+        """Drop what was computed, since text encoders and tokenizers may change."""
         self._known.clear()
         self._known_chunks.clear()
 

@@ -72,12 +72,11 @@ def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineMo
     for note in add_embeddings(tokenizers[0], text_encoders[0], embeddings):
         print(note)
     return PipelineModels(
+        family=base_model.family,
         denoiser=denoiser,
         vae=vae,
         text_encoders=text_encoders,
         tokenizers=tokenizers,
-        latent_scale=base_model.family.latent_scale,
-        latent_channels=base_model.family.latent_channels,
         prediction_type=base_model.resolved_prediction_type,
         zero_terminal_snr=options.zero_terminal_snr,
     )

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.conditioning.text_encoders import TextEncoders
 from library.errors import UserError
+from library.families.family import ModelFamily
 from library.generation import picture_files
 from library.generation.adapters import AdapterRack
 from library.generation.codec import LatentCodec
@@ -74,21 +76,26 @@ class PipelineModels:
     """The parts of a base model that a picture needs.
 
     Attributes:
-        latent_scale: factor from the VAE's units to the denoiser's.
+        family: what they are models of.
+        text_encoders, tokenizers: in the family's order.
         prediction_type: "epsilon" or "v_prediction".
         zero_terminal_snr: the denoiser was trained with a schedule rescaled so.
         others: modules that only have to be in evaluation mode meanwhile, such as adapter networks.
     """
 
+    family: ModelFamily
     denoiser: nn.Module
     vae: nn.Module
     text_encoders: Sequence[nn.Module]
     tokenizers: Sequence[Any]
-    latent_scale: float
-    latent_channels: int = 4
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     others: Sequence[nn.Module] = ()
+
+    @property
+    def texts(self) -> TextEncoders:
+        """The text encoders as one."""
+        return TextEncoders(specs=self.family.text_encoders, tokenizers=self.tokenizers, modules=self.text_encoders)
 
     def modules(self) -> list[nn.Module]:
         """All of them, for modes."""
@@ -153,11 +160,10 @@ class Pipeline:
         self.models, self._settings, self._note = models, settings, note
         self._rack, self._control, self._compiled = rack or AdapterRack(), control, compiled
         stays = not settings.offload
-        self._encoder = PromptEncoder(
-            models.tokenizers, models.text_encoders, max_chunks=settings.max_chunks, note=note, stays=stays
-        )
+        self._encoder = PromptEncoder(models.texts, max_chunks=settings.max_chunks, note=note, stays=stays)
         batch_size = settings.vae_batch_size
-        self._codec = LatentCodec(models.vae, scale=models.latent_scale, batch_size=batch_size, stays=stays, note=note)
+        scale = models.family.latent_scale
+        self._codec = LatentCodec(models.vae, scale=scale, batch_size=batch_size, stays=stays, note=note)
 
     @property
     def device(self) -> torch.device:
@@ -371,7 +377,7 @@ class Pipeline:
 
     def _noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         """(B, C, h, w), standard normal, on the CPU."""
-        shape = (1, self.models.latent_channels, *size)
+        shape = (1, self.models.family.latent_channels, *size)
         return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:

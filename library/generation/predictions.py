@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from library.conditioning.condition import Condition, joined
 from library.generation.adapters import AdapterRack
 from library.generation.compiling import CompiledDenoiser
 from library.generation.encoding import PromptEncoder
@@ -20,14 +21,14 @@ class Control(Protocol):
     """What takes part in every call of the denoiser, such as ControlNets."""
 
     def denoiser_arguments(
-        self, *, share: float, latents: Tensor, timestep: Tensor, context: Tensor, owners: Sequence[ImageRequest]
+        self, *, share: float, latents: Tensor, timestep: Tensor, told: Mapping[str, Any], owners: Sequence[ImageRequest]
     ) -> dict[str, Any]:
         """Further arguments of the call.
 
         Args:
             share: how far sampling is, from 0 at the first step to below 1 at the last.
             latents: (rows, C, h, w), as the denoiser gets them.
-            context: (rows, L, D).
+            told: the call's other keywords, of all rows: `Condition.denoiser_arguments`.
             owners: the request of each row.
         """
 
@@ -66,7 +67,7 @@ class BatchPredictions:
         self._owners = [requests[number] for number in self._mix.owners]
         self._chunks, self._encoder, self._rack, self._control = chunks, encoder, rack, control
         self._states: list[Hashable] = []
-        self._context = torch.empty(0)
+        self._condition = Condition(torch.empty(0))
 
     def of(self, latents: Tensor, timestep: Tensor, step: int, steps: int) -> Tensor:
         """(B, C, h, w) fp32.
@@ -75,16 +76,16 @@ class BatchPredictions:
             latents: (B, C, h, w), scaled for the denoiser.
             step, steps: of the sampler, which may ask several times a step.
         """
-        context = self._conditions(step, steps)
+        self._set_conditions(step, steps)
         if self._rack is not None:
             self._rack.set_denoiser([row.acting for row in self._rows], step, steps)
         inputs = self._mix.spread(latents).to(self._dtype)
-        more = {}
+        told = self._condition.denoiser_arguments(sizes=None)
         if self._control is not None:
-            more = self._control.denoiser_arguments(
-                share=step / steps, latents=inputs, timestep=timestep, context=context, owners=self._owners
+            told |= self._control.denoiser_arguments(
+                share=step / steps, latents=inputs, timestep=timestep, told=told, owners=self._owners
             )
-        predictions: Tensor = self._call(inputs, timestep, encoder_hidden_states=context, **more).sample
+        predictions: Tensor = self._call(inputs, timestep, **told).sample
         return self._mix(predictions.float())
 
     def _call(self, *inputs: Any, **keywords: Any) -> Any:
@@ -93,8 +94,8 @@ class BatchPredictions:
         hooked = self._rack is not None and self._rack.has_hooks
         return self._compiled(*inputs, hooked=hooked, **keywords)
 
-    def _conditions(self, step: int, steps: int) -> Tensor:
-        """(rows, L, D), in the denoiser's type; put together anew only where adapters change the text encoder."""
+    def _set_conditions(self, step: int, steps: int) -> None:
+        """Of all rows, in the denoiser's type; put together anew only where adapters change a text encoder."""
         if self._rack is None:
             states: list[Hashable] = [frozenset(row.acting.items()) for row in self._rows]
             prepares = [lambda: None for _ in self._rows]
@@ -116,5 +117,4 @@ class BatchPredictions:
                 )
                 for row, owner, state, prepare in places
             ]
-            self._states, self._context = states, torch.cat(conditions).to(self._dtype)
-        return self._context
+            self._states, self._condition = states, joined(conditions).to(self._dtype)

@@ -151,12 +151,12 @@ def _trainable_module(run: PlannedRun, network: Any, encoders: Sequence[nn.Modul
     return TrainableModule(
         network,
         FrozenParts(
+            family=run.base.family,
             denoiser=unet,
             text_encoders=encoders,
             tokenizers=run.base.load_tokenizers(),
             schedule=schedule.to(run.accelerator.device),
             prediction_type=run.prediction_type,
-            latent_scale=run.base.family.latent_scale,
             dtype=run.dtype,
         ),
         captions=options.captions,
@@ -261,12 +261,11 @@ def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[i
     parts = module.parts
     pipeline = Pipeline(
         PipelineModels(
+            family=parts.family,
             denoiser=parts.denoiser,
             vae=vae,
             text_encoders=parts.text_encoders,
             tokenizers=parts.tokenizers,
-            latent_scale=parts.latent_scale,
-            latent_channels=run.base.family.latent_channels,
             prediction_type=parts.prediction_type,
             zero_terminal_snr=run.options.zero_terminal_snr,
             others=[module.network],

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.conditioning import clip_text
+from library.conditioning.condition import Condition, joined
+from library.conditioning.text_encoders import TextEncoders
 from library.dataset.batches import Batch
 from library.diffusion.losses import LossOptions, sample_losses, target_of
 from library.diffusion.noise import NoiseOptions, noise_of, posterior_sample
 from library.diffusion.schedule import NoiseSchedule
-from library.families.family import PredictionType
+from library.families.family import ModelFamily, PredictionType
 from library.training.options import CaptionEncodingOptions
 
 REMEMBERED_CONDITIONS = 2048  # captions; 77 x 768 in fp32 is 0.23 MiB each
@@ -28,13 +29,18 @@ REMEMBERED_CONDITIONS = 2048  # captions; 77 x 768 in fp32 is 0.23 MiB each
 class FrozenParts:
     """The base model as the loss needs it; none of it is trained."""
 
+    family: ModelFamily
     denoiser: nn.Module
     text_encoders: Sequence[nn.Module]
     tokenizers: Sequence[Any]
     schedule: NoiseSchedule
     prediction_type: PredictionType
-    latent_scale: float
     dtype: torch.dtype
+
+    @property
+    def texts(self) -> TextEncoders:
+        """The text encoders as one."""
+        return TextEncoders(specs=self.family.text_encoders, tokenizers=self.tokenizers, modules=self.text_encoders)
 
 
 class TrainableModule(nn.Module):
@@ -60,7 +66,7 @@ class TrainableModule(nn.Module):
         self._parts = (parts,)  # a tuple, so that torch does not register what is frozen
         self._captions, self._noise, self._loss = captions, noise, loss
         self._text_encoders_train = text_encoders_train
-        self._conditions: OrderedDict[str, Tensor] = OrderedDict()
+        self._conditions: OrderedDict[str, Condition] = OrderedDict()
 
     @property
     def parts(self) -> FrozenParts:
@@ -78,11 +84,11 @@ class TrainableModule(nn.Module):
             () fp32.
         """
         parts, draws = self.parts, batch.draws
-        latents = posterior_sample(latent_mean, latent_std, draws, parts.latent_scale)
+        latents = posterior_sample(latent_mean, latent_std, draws, parts.family.latent_scale)
         target_noise, input_noise = noise_of(draws, latents, self._noise)
         noisy = parts.schedule.add_noise(latents, input_noise, draws.timestep)
-        condition = self.encode(batch.captions)
-        prediction = parts.denoiser(noisy.to(parts.dtype), draws.timestep, condition.to(parts.dtype), return_dict=False)[0]
+        told = self.encode(batch.captions).to(parts.dtype).denoiser_arguments(sizes=None)
+        prediction = parts.denoiser(noisy.to(parts.dtype), draws.timestep, return_dict=False, **told)[0]
         target = target_of(parts.prediction_type, parts.schedule, latents, target_noise, draws.timestep)
         losses = sample_losses(
             self._loss,
@@ -95,22 +101,20 @@ class TrainableModule(nn.Module):
         )
         return (losses * batch.loss_weights).sum() / divisor
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Conditions of captions, (B, n * 75 + 2, D)."""
+    def encode(self, captions: Sequence[str]) -> Condition:
+        """Conditions of captions; contexts (B, n * 75 + 2, D)."""
         if self._text_encoders_train:
             return self._encode(captions)
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._conditions]
         if missing:
             with torch.no_grad():
-                self._conditions.update(zip(missing, self._encode(missing), strict=True))
-        conditions = torch.stack([self._conditions[caption] for caption in captions])
+                self._conditions.update(zip(missing, self._encode(missing).split(), strict=True))
+        conditions = joined([self._conditions[caption] for caption in captions])
         while len(self._conditions) > REMEMBERED_CONDITIONS:
             self._conditions.popitem(last=False)
         return conditions
 
-    def _encode(self, captions: Sequence[str]) -> Tensor:
-        options, (encoder,), (tokenizer,) = self._captions, self.parts.text_encoders, self.parts.tokenizers
-        tokens = clip_text.tokenize(
-            tokenizer, captions, max_length=options.max_token_length, weighted=options.weighted_captions
-        )
-        return clip_text.encode(encoder, tokens, clip_skip=options.clip_skip)
+    def _encode(self, captions: Sequence[str]) -> Condition:
+        options, texts = self._captions, self.parts.texts
+        tokens = texts.tokenize(captions, max_length=options.max_token_length, weighted=options.weighted_captions)
+        return texts.encode(tokens, clip_skip=options.clip_skip)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.errors import UserError
 from library.families.detect import family_of_configs
 from library.families.family import ModelFamily
 from networks.core.adapter import LayerSpec
@@ -51,17 +50,9 @@ def text_encoder_list(text_encoder: nn.Module | Sequence[nn.Module] | None) -> l
 
 
 def family_of_models(text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module | None) -> ModelFamily:
-    """The family of models in hand, by their configurations.
-
-    Raises:
-        UserError: a U-Net of a family that is not supported (SDXL).
-    """
-    unet_config = dict(getattr(unet, "config", {}))
-    encoders = text_encoder_list(text_encoder)
-    if unet_config.get("addition_embed_type") or len(encoders) > 1:
-        raise UserError("adapters for SDXL are not supported", remedy="give a Stable Diffusion 1.x or 2.x model")
-    config = getattr(encoders[0], "config", None) if encoders else None
-    return family_of_configs(unet_config, config.to_dict() if config is not None else {})
+    """The family of models in hand, by their configurations."""
+    encoders = [encoder for encoder in text_encoder_list(text_encoder) if hasattr(encoder, "config")]
+    return family_of_configs(dict(getattr(unet, "config", {})), [encoder.config.to_dict() for encoder in encoders])
 
 
 def model_layers(

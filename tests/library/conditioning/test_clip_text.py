@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.tokenizers import shipped_tokenizer
-from library.conditioning.clip_text import TokenBatch, chunk_batch, encode, text_chunks, token_ids, tokenize
+from library.conditioning.clip_text import Layers, TokenBatch, chunk_batch, encode, text_chunks, token_ids, tokenize
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from tests.support.tiny_models import build_tiny_parts
@@ -82,7 +82,7 @@ def test_lengths_that_are_no_whole_chunks_are_refused(tokenizer):
 def test_conditions_join_the_chunks_without_their_inner_ends(text_encoder, tokenizer):
     tokens = tokenize(tokenizer, ["cat " * 100, "a dog"], max_length=150)
     with torch.no_grad():
-        conditions = encode(text_encoder, tokens)
+        conditions = encode(text_encoder, tokens).context
         first, second = (text_encoder(tokens.ids[:1, chunk]).last_hidden_state for chunk in (0, 1))
     assert conditions.shape == (2, 152, 32)
     expected = torch.cat([first[0, :76], second[0, 1:]])
@@ -92,7 +92,7 @@ def test_conditions_join_the_chunks_without_their_inner_ends(text_encoder, token
 @torch.no_grad()
 def test_whole_chunks_are_each_what_the_encoder_makes_of_them(text_encoder, tokenizer):
     tokens = chunk_batch(tokenizer, [text_chunks(tokenizer, "cat " * 80, breaks=True)], chunks=2)
-    whole = encode(text_encoder, tokens, whole_chunks=True)
+    whole = encode(text_encoder, tokens, whole_chunks=True).context
     chunks = [text_encoder(chunk[None]).last_hidden_state for chunk in tokens.ids[0]]
     torch.testing.assert_close(whole, torch.cat(chunks, dim=1))
 
@@ -111,28 +111,28 @@ def test_clip_skip_counts_layers_from_the_end_and_keeps_the_norm(text_encoder, t
     tokens = tokenize(tokenizer, ["a photo of a cat"])
     layers = text_encoder.config.num_hidden_layers
     with torch.no_grad():
-        whole = encode(text_encoder, tokens)
-        assert torch.equal(encode(text_encoder, tokens, clip_skip=1), whole)
+        whole = encode(text_encoder, tokens).context
+        assert torch.equal(encode(text_encoder, tokens, layers=Layers(1)).context, whole)
         for skip in range(2, layers + 1):
-            skipped = encode(text_encoder, tokens, clip_skip=skip)
+            skipped = encode(text_encoder, tokens, layers=Layers(skip)).context
             assert not torch.allclose(skipped, whole, atol=1e-2), "the skipped layers must act, or this says nothing"
             torch.testing.assert_close(skipped, truncated(text_encoder, tokens.ids[0], layers - skip + 1))
     with pytest.raises(ValueError, match=f"clip_skip must be 1 to {layers}"):
-        encode(text_encoder, tokens, clip_skip=layers + 1)
+        encode(text_encoder, tokens, layers=Layers(layers + 1))
 
 
 def test_weights_of_one_change_nothing(text_encoder, tokenizer):
     with torch.no_grad():
-        plain = encode(text_encoder, tokenize(tokenizer, ["a photo of a cat"]))
+        plain = encode(text_encoder, tokenize(tokenizer, ["a photo of a cat"])).context
         for mode in ("multiply", "keep_mean"):
             weighted = tokenize(tokenizer, ["a photo of a (cat:1.0)"], weighted=True)
-            assert torch.equal(encode(text_encoder, weighted, weight_mode=mode), plain)
+            assert torch.equal(encode(text_encoder, weighted, weight_mode=mode).context, plain)
 
 
 def test_weights_multiply_exactly_the_tokens_they_belong_to(text_encoder, tokenizer):
     with torch.no_grad():
-        plain = encode(text_encoder, tokenize(tokenizer, ["a photo of a cat"]))
-        weighted = encode(text_encoder, tokenize(tokenizer, ["a (photo:1.5) of a [cat]"], weighted=True))
+        plain = encode(text_encoder, tokenize(tokenizer, ["a photo of a cat"])).context
+        weighted = encode(text_encoder, tokenize(tokenizer, ["a (photo:1.5) of a [cat]"], weighted=True)).context
     expected = torch.ones(77)
     expected[2], expected[5] = 1.5, 1 / 1.1
     torch.testing.assert_close(weighted[0], plain[0] * expected[:, None])
@@ -149,9 +149,9 @@ def test_keep_mean_scales_back_to_the_unweighted_mean(text_encoder, tokenizer):
     texts = ["a (photo:1.5) of a (cat:0.3)", "a dog"]
     with torch.no_grad():
         tokens = tokenize(tokenizer, texts, weighted=True)
-        multiplied = encode(text_encoder, tokens)
-        kept = encode(text_encoder, tokens, weight_mode="keep_mean")
-        plain = encode(text_encoder, TokenBatch(tokens.ids))
+        multiplied = encode(text_encoder, tokens).context
+        kept = encode(text_encoder, tokens, weight_mode="keep_mean").context
+        plain = encode(text_encoder, TokenBatch(tokens.ids)).context
     torch.testing.assert_close(kept.mean(dim=(1, 2)), plain.mean(dim=(1, 2)))
     ratio = kept[0] / multiplied[0]
     torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0, 0].item()), rtol=1e-3, atol=1e-4)
@@ -160,7 +160,7 @@ def test_keep_mean_scales_back_to_the_unweighted_mean(text_encoder, tokenizer):
 
 def test_gradients_flow_into_the_encoder(text_encoder, tokenizer):
     text_encoder.requires_grad_(True)
-    encode(text_encoder, tokenize(tokenizer, ["a cat"]), clip_skip=2).sum().backward()
+    encode(text_encoder, tokenize(tokenizer, ["a cat"]), layers=Layers(2)).context.sum().backward()
     assert text_encoder.encoder.layers[0].mlp.fc1.weight.grad is not None
     text_encoder.requires_grad_(False)
 

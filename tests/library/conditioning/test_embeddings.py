@@ -16,9 +16,9 @@ from library.conditioning.learned_words import LearnedWords
 from library.errors import UserError
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
-from tests.support.tiny_models import TEXT_WIDTH, build_tiny_parts
+from tests.support.tiny_models import TEXT_WIDTHS, build_tiny_parts
 
-VECTORS = torch.randn(3, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
+VECTORS = torch.randn(3, TEXT_WIDTHS[0], generator=torch.Generator().manual_seed(0))
 
 
 def saved(path: Path, content) -> Path:
@@ -99,11 +99,11 @@ def embedding(name: str, vectors: Tensor = VECTORS) -> Embedding:
 def test_a_name_in_a_prompt_becomes_its_vectors_and_all_else_stays(models):
     tokenizer, encoder = models
     before = clip_text.token_ids(tokenizer, "a photo of a red cat, wow! it's")
-    plain = clip_text.encode(encoder, clip_text.tokenize(tokenizer, ["a red cat!"]))
+    plain = clip_text.encode(encoder, clip_text.tokenize(tokenizer, ["a red cat!"])).context
     table = encoder.get_input_embeddings().weight.clone()
     assert add_embeddings(tokenizer, encoder, [embedding("zorb"), embedding("Blip-2", VECTORS[:1] + 1)]) == []
     assert clip_text.token_ids(tokenizer, "a photo of a red cat, wow! it's") == before
-    assert torch.equal(clip_text.encode(encoder, clip_text.tokenize(tokenizer, ["a red cat!"])), plain)
+    assert torch.equal(clip_text.encode(encoder, clip_text.tokenize(tokenizer, ["a red cat!"])).context, plain)
 
     seen = []
     handle = encoder.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: seen.append(output))
@@ -146,9 +146,9 @@ def test_wrong_widths_and_colliding_names_are_told_at_once_and_nothing_is_added(
         add_embeddings(tokenizer, encoder, wrong)
     assert [str(problem) for problem in told.value.problems] == [
         "Zorb.pt: another embedding is called Zorb too (capitals do not count); rename one of the files",
-        f"wide.pt: is for SDXL: its vectors are 1280 wide, and the text encoder takes {TEXT_WIDTH}",
-        f"two.pt: is for Stable Diffusion 2.x: its vectors are 1024 wide, and the text encoder takes {TEXT_WIDTH}",
-        f"odd.pt: does not fit the base model: its vectors are 5 wide, and the text encoder takes {TEXT_WIDTH}",
+        f"wide.pt: is for SDXL: its vectors are 1280 wide, and the text encoder takes {TEXT_WIDTHS[0]}",
+        f"two.pt: is for Stable Diffusion 2.x: its vectors are 1024 wide, and the text encoder takes {TEXT_WIDTHS[0]}",
+        f"odd.pt: does not fit the base model: its vectors are 5 wide, and the text encoder takes {TEXT_WIDTHS[0]}",
     ]
     assert encoder.get_input_embeddings().num_embeddings == size
     assert max(clip_text.token_ids(tokenizer, "zorb")) < size

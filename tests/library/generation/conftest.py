@@ -18,11 +18,11 @@ def tiny_models(kind: str) -> PipelineModels:
     family, prediction_type = KINDS[kind]
     parts = build_tiny_parts(family)
     return PipelineModels(
+        family=family,
         denoiser=parts["unet"],
         vae=parts["vae"],
-        text_encoders=[parts["text_encoder"]],
-        tokenizers=[shipped_tokenizer(family.text_encoders[0])],
-        latent_scale=family.latent_scale,
+        text_encoders=[parts[encoder.part] for encoder in family.text_encoders],
+        tokenizers=[shipped_tokenizer(encoder) for encoder in family.text_encoders],
         prediction_type=prediction_type,
     )
 

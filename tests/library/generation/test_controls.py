@@ -129,7 +129,7 @@ def arguments(controls: ControlNets, request: ImageRequest, share: float = 0.0) 
     latents, context = torch.zeros(1, 4, 8, 9), torch.zeros(1, 77, 32)
     with torch.no_grad():
         return controls.denoiser_arguments(
-            share=share, latents=latents, timestep=torch.tensor(1), context=context, owners=[request]
+            share=share, latents=latents, timestep=torch.tensor(1), told={"encoder_hidden_states": context}, owners=[request]
         )
 
 

@@ -11,12 +11,12 @@ from library.generation.pipeline import Pipeline
 from library.generation.requests import ImageRequest
 from tests.library.generation.conftest import tiny_models
 from tests.library.generation.diffusers_reference import ROUNDING, diffusers_picture
-from tests.support.tiny_models import TEXT_WIDTH
+from tests.support.tiny_models import TEXT_WIDTHS
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_pictures_are_those_of_diffusers_own_loading(kind):
-    vectors = torch.randn(3, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(3, TEXT_WIDTHS[0], generator=torch.Generator().manual_seed(0))
     asked = ImageRequest(
         prompt="a photo of zorbulon in a park", negative_prompt="zorbulon", width=64, height=64, seed=1, steps=3
     )

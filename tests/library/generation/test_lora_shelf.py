@@ -173,7 +173,7 @@ def test_the_listing_tells_what_every_file_is(tmp_path):
         "kron": (sd1, ("LoKr",), (2,)),
         "mixed": (sd1, ("DoRA on LoRA", "LoRA"), (4, 16)),
         "token": ("", (), ()),
-        "xl": ("SDXL", ("LoRA",), (4,)),
+        "xl": ("Stable Diffusion XL", ("LoRA",), (4,)),
     }
     lines = listing_lines(entries)
     assert lines[0].split() == ["name", "family", "type", "rank", "size", "hash", "trigger", "words"]

@@ -77,7 +77,7 @@ def written_out(models, set_strengths) -> np.ndarray:
         ).sample.chunk(2)
         guided = negative + ASKED.scale * (positive - negative)
         latents = scheduler.step(guided, timestep, latents).prev_sample
-    pixels = models.vae.decode(latents / models.latent_scale).sample[0]
+    pixels = models.vae.decode(latents / models.family.latent_scale).sample[0]
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).int().numpy()
 
 
