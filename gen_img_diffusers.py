@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw pictures with Stable Diffusion 1.x and 2.x and adapters.
+"""Draw pictures with Stable Diffusion 1.x, 2.x and XL and adapters.
 
     python gen_img_diffusers.py --ckpt model.safetensors --network_weights mine.safetensors --network_mul 0.8 \
         --prompt "a photo of a cat --n blurry --d 1" --outdir outputs --bf16

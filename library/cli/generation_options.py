@@ -26,7 +26,7 @@ from library.generation.samplers import find_sampler
 from library.prompts.lora_tags import STYLES
 from networks.registry import resolve_network_module
 
-DESCRIPTION = "Draw pictures with Stable Diffusion 1.x and 2.x and adapters."
+DESCRIPTION = "Draw pictures with Stable Diffusion 1.x, 2.x and XL and adapters."
 
 _MODEL = OptionGroup(
     "Model",
@@ -94,6 +94,19 @@ _PICTURES = OptionGroup(
         ),
         Option(name="W", type=int, help="width in pixels, rounded down to a multiple of 8; the model's own without it"),
         Option(name="H", type=int, help="height in pixels, likewise"),
+        Option(name="prompt_2", help="what a second text encoder is told instead of the prompt", extension=True),
+        Option(name="negative_prompt_2", help="likewise, instead of the negative prompt", extension=True),
+        *(
+            Option(name=name, type=int, help=f"what SDXL is told of the picture: {what}")
+            for name, what in (
+                ("original_width", "the width that it comes from; its own without this"),
+                ("original_height", "the height that it comes from; its own without this"),
+                ("original_width_negative", "the same for the negative prompt"),
+                ("original_height_negative", "the same for the negative prompt"),
+                ("crop_top", "where it was cut out, from the top; 0 without this"),
+                ("crop_left", "where it was cut out, from the left; 0 without this"),
+            )
+        ),
         Option(name="steps", type=int, default=50, help="steps of the sampler"),
         Option(name="scale", type=float, default=7.5, help="guidance towards the prompt; 1 and less is without guidance"),
         Option(
@@ -371,6 +384,13 @@ _SETTINGS: dict[str, str] = {
     "guidance_rescale": "guidance_rescale",
     "sampler": "sampler",
     "clip_skip": "clip_skip",
+    **{
+        name: name
+        for name in (
+            *("prompt_2", "negative_prompt_2", "original_width", "original_height"),
+            *("original_width_negative", "original_height_negative", "crop_top", "crop_left"),
+        )
+    },
     "strength": "strength",
     "highres_fix_scale": "highres_scale",
     "highres_fix_steps": "highres_steps",
@@ -445,6 +465,10 @@ def _missing(parsed: ParsedOptions) -> list[UserError]:
 _RANGES: dict[str, tuple[float, float]] = {
     "W": (MIN_SIZE, math.inf),
     "H": (MIN_SIZE, math.inf),
+    **dict.fromkeys(
+        ("original_width", "original_height", "original_width_negative", "original_height_negative"), (1, math.inf)
+    ),
+    **dict.fromkeys(("crop_top", "crop_left"), (0, math.inf)),
     "steps": (1, MAX_STEPS),
     "seed": (0, MAX_SEED),
     "clip_skip": (1, math.inf),

@@ -14,12 +14,13 @@ from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_places import TensorFile
 from library.conditioning.clip_text import token_ids
 from library.conditioning.learned_words import folded, learned_words, teach
+from library.conditioning.text_encoders import TextEncoders
 from library.errors import UserError, counted, raise_all, some_names
 from library.families.detect import FAMILIES
 
 BUNDLE = "bundle_emb."
-_KEYS = ("emb_params", "clip_l", "string_to_param.*")  # what programs call the vectors
-_SECOND_ENCODER = "clip_g"
+_FIRST = ("emb_params", "clip_l", "string_to_param.*")  # what programs call the vectors of the first text encoder
+_SECOND = "clip_g"
 _SHOWN = 3
 
 
@@ -29,36 +30,40 @@ class Embedding:
 
     Attributes:
         name: what prompts call it.
-        vectors: (n, D), as saved; it takes n tokens of a prompt.
+        vectors: (n, D) for each text encoder, as saved; it takes n tokens of a prompt.
         where: the file, for sentences.
     """
 
     name: str
-    vectors: Tensor
+    vectors: tuple[Tensor, ...]
     where: str
 
-    def check_width(self, width: int) -> None:
-        """Refuse vectors for another text encoder.
+    def check_widths(self, widths: Sequence[int]) -> None:
+        """Refuse vectors for other text encoders.
 
         Args:
-            width: D of the text encoder.
+            widths: D of each text encoder.
 
         Raises:
             UserError
         """
-        own = self.vectors.shape[1]
-        if own == width:
+        own = [vectors.shape[1] for vectors in self.vectors]
+        if own == list(widths):
             return
-        titles = {family.context_width: family.title for family in FAMILIES} | {1280: "SDXL"}
-        kind = f"is for {titles[own]}" if own in titles else "does not fit the base model"
-        raise UserError(f"{kind}: its vectors are {own} wide, and the text encoder takes {width}", where=self.where)
+        found = {
+            family.title for family in FAMILIES if own == [encoder.config["hidden_size"] for encoder in family.text_encoders]
+        }
+        kind = f"is for {found.pop()}" if found else "does not fit the base model"
+        have, takes = (" and ".join(map(str, each)) for each in (own, widths))
+        encoders = "text encoder takes" if len(widths) == 1 else "text encoders take"
+        raise UserError(f"{kind}: its vectors are {have} wide, and the {encoders} {takes}", where=self.where)
 
 
 def read_embedding(path: Path | str) -> Embedding:
     """The embedding of a file, named as the file is: AUTOMATIC1111's .pt, .safetensors, or {token: vectors} of diffusers.
 
     Raises:
-        UserError: missing, damaged, no embedding, or one for SDXL.
+        UserError: missing, damaged, or no embedding.
     """
     path = Path(path)
     file = open_tensor_file(path)
@@ -84,19 +89,24 @@ def read_bundled_embeddings(path: Path | str) -> tuple[Embedding, ...]:
     return tuple(found)
 
 
-def _vectors(file: TensorFile, keys: Mapping[str, str], where: str) -> Tensor:
-    """(n, D) from the tensors of one embedding, by the names they have in it."""
-    if _SECOND_ENCODER in keys:
-        raise UserError(
-            "is for SDXL: it has vectors for two text encoders", where=where, remedy="give one for the base model"
-        )
-    known = [name for name in keys if name in _KEYS]
-    if len(known) != 1 and len(keys) != 1:
+def _vectors(file: TensorFile, keys: Mapping[str, str], where: str) -> tuple[Tensor, ...]:
+    """(n, D) for each text encoder, from the tensors of one embedding, by the names they have in it."""
+    known = [name for name in keys if name in _FIRST]
+    second = [keys[_SECOND]] if _SECOND in keys else []
+    if len(known) != 1 and len(keys) != 1 + len(second):
         what = (
             f"is no textual inversion embedding: it holds {counted(len(keys), 'tensor')} ({some_names(list(keys), _SHOWN)})"
         )
         raise UserError(what, where=where)
-    key = keys[known[0]] if known else next(iter(keys.values()))
+    first = keys[known[0]] if known else next((key for name, key in keys.items() if name != _SECOND), None)
+    vectors = tuple(_read(file, key, where) for key in (first, *second) if key is not None)
+    if len({len(each) for each in vectors}) > 1:
+        counts = " and ".join(str(len(each)) for each in vectors)
+        raise UserError(f"has {counts} vectors for two text encoders, which must be as many", where=where)
+    return vectors
+
+
+def _read(file: TensorFile, key: str, where: str) -> Tensor:
     shape = file.shape(key)
     if not 1 <= len(shape) <= 2 or 0 in shape or not file.dtype(key).is_floating_point:
         raise UserError(f"is no textual inversion embedding: {key} has the shape {list(shape)}", where=where)
@@ -106,8 +116,8 @@ def _vectors(file: TensorFile, keys: Mapping[str, str], where: str) -> Tensor:
     return vectors
 
 
-def add_embeddings(tokenizer: Any, text_encoder: nn.Module, embeddings: Sequence[Embedding]) -> list[str]:
-    """Make embeddings words of prompts: the tokenizer learns their names, and the text encoder their vectors.
+def add_embeddings(texts: TextEncoders, embeddings: Sequence[Embedding]) -> list[str]:
+    """Make embeddings words of prompts: the tokenizers learn their names, and the text encoders their vectors.
 
     A name with the vectors that it has already is left as it is, so that a file may be given twice.
 
@@ -115,41 +125,62 @@ def add_embeddings(tokenizer: Any, text_encoder: nn.Module, embeddings: Sequence
         What a user should know, one sentence each.
 
     Raises:
-        UserError: vectors of another width, and names with two meanings; all of them at once, and nothing is added then.
+        UserError: vectors of other widths, and names with two meanings; all of them at once, and nothing is added then.
     """
-    encoder: Any = text_encoder
-    old = encoder.get_input_embeddings()
-    table = old.weight.data
-    known = {word: table[list(rows)] for word, rows in learned_words(tokenizer).rows.items()}
-    notes, problems, added, rows = [], [], [table], {}
-    count = len(table)
+    tables = [_Table(tokenizer, module) for tokenizer, module in zip(texts.tokenizers, texts.modules, strict=True)]
+    notes: list[str] = []
+    problems: list[UserError] = []
     for embedding in embeddings:
-        word, vectors = folded(embedding.name), embedding.vectors.to(table)
+        word = folded(embedding.name)
         try:
-            embedding.check_width(table.shape[1])
-            if _is_new(embedding, vectors, known.get(word)):
-                known[word], rows[word] = vectors, tuple(range(count, count + len(vectors)))
-                added.append(vectors)
-                count += len(vectors)
-                if len(token_ids(tokenizer, word)) == 1:
-                    what = f"the embedding {embedding.name} has the name of a word that the model knows"
-                    notes.append(
-                        f"{what}: {embedding.name!r} in a prompt is the embedding now (rename the file to keep both)"
-                    )
+            embedding.check_widths([table.width for table in tables])
+            new = [table.is_new(word, embedding, own) for table, own in zip(tables, embedding.vectors, strict=True)]
         except UserError as error:
             problems.append(error)
+            continue
+        if not any(new):
+            continue
+        for table, own in zip(tables, embedding.vectors, strict=True):
+            table.add(word, own)
+        if len(token_ids(texts.tokenizers[0], word)) == 1:
+            what = f"the embedding {embedding.name} has the name of a word that the model knows"
+            notes.append(f"{what}: {embedding.name!r} in a prompt is the embedding now (rename the file to keep both)")
     raise_all(problems)
-    new = nn.Embedding.from_pretrained(torch.cat(added), freeze=not old.weight.requires_grad)
-    encoder.set_input_embeddings(new.train(old.training))
-    teach(tokenizer, rows)
+    for table in tables:
+        table.apply()
     return notes
 
 
-def _is_new(embedding: Embedding, vectors: Tensor, known: Tensor | None) -> bool:
-    """Whether its name is; a `UserError` where that stands for other vectors."""
-    if known is None:
-        return True
-    if not torch.equal(known, vectors):
-        what = f"another embedding is called {embedding.name} too (capitals do not count)"
-        raise UserError(what, where=embedding.where, remedy="rename one of the files")
-    return False
+class _Table:
+    """What is to be added to one text encoder."""
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        self._tokenizer, self._encoder = tokenizer, encoder
+        self._weights = encoder.get_input_embeddings().weight.data
+        self._known = {word: self._weights[list(rows)] for word, rows in learned_words(tokenizer).rows.items()}
+        self._added: list[Tensor] = []
+        self._rows: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def width(self) -> int:
+        return self._weights.shape[1]
+
+    def is_new(self, word: str, embedding: Embedding, vectors: Tensor) -> bool:
+        """Whether the word is; a `UserError` where it stands for other vectors."""
+        known = self._known.get(word)
+        if known is not None and not torch.equal(known, vectors.to(known)):
+            what = f"another embedding is called {embedding.name} too (capitals do not count)"
+            raise UserError(what, where=embedding.where, remedy="rename one of the files")
+        return known is None
+
+    def add(self, word: str, vectors: Tensor) -> None:
+        own = vectors.to(self._weights)
+        first = len(self._weights) + sum(map(len, self._added))
+        self._known[word], self._rows[word] = own, tuple(range(first, first + len(own)))
+        self._added.append(own)
+
+    def apply(self) -> None:
+        old = self._encoder.get_input_embeddings()
+        new = nn.Embedding.from_pretrained(torch.cat([self._weights, *self._added]), freeze=not old.weight.requires_grad)
+        self._encoder.set_input_embeddings(new.train(old.training))
+        teach(self._tokenizer, self._rows)

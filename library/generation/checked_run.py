@@ -17,6 +17,7 @@ from library.prompts.choices import Wildcards
 
 if TYPE_CHECKING:
     from library.checkpoints.base_model import BaseModelFiles
+    from library.families.family import ModelFamily
 
 GRID_SEED = 1
 
@@ -57,6 +58,9 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
     folder = options.pictures.wildcards
     wildcards = attempt(lambda: None if folder is None else Wildcards(folder), problems)
     lines = attempt(lambda: prompt_lines(options.pictures, options.control, left_out), problems)
+    idle = {} if family is None else _without_effect(family)
+    given = options.pictures.given & idle.keys()
+    problems += [UserError("has no effect", where=f"--{name}", remedy=idle[name]) for name in sorted(given)]
     raise_all(problems + left_out if problems else [])
     assert base_model is not None  # for the type checker: without these there was a problem
     assert adapters is not None
@@ -73,6 +77,7 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
         shuffled=pictures.shuffled,
         networks=len(options.adapters.networks) - options.adapters.merged,
         wildcards=wildcards,
+        without_effect=idle,
         complete=adapters.complete,
     )
     return CheckedRun(
@@ -84,6 +89,20 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
         plan=plan,
         notes=[*base_model.notes(), *rounding_notes(lines, defaults), *repeats],
     )
+
+
+_OF_TWO_ENCODERS = ("prompt_2", "negative_prompt_2")
+_OF_SIZES = (
+    *("original_width", "original_height", "original_width_negative", "original_height_negative"),
+    *("crop_top", "crop_left"),
+)
+
+
+def _without_effect(family: ModelFamily) -> dict[str, str]:
+    """Fields of requests that models of a family have no use for, and why."""
+    second = {} if len(family.text_encoders) > 1 else dict.fromkeys(_OF_TWO_ENCODERS, "has one text encoder")
+    sizes = {} if family.size_conditions else dict.fromkeys(_OF_SIZES, "is told no sizes")
+    return {field: f"{family.title} {why}; leave it out" for field, why in {**second, **sizes}.items()}
 
 
 def _seed(options: PictureOptions) -> int:

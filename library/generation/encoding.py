@@ -66,6 +66,7 @@ class PromptEncoder:
     def encode(
         self,
         text: str,
+        text_2: str | None = None,
         *,
         chunks: int,
         clip_skip: int | None,
@@ -77,13 +78,17 @@ class PromptEncoder:
         """The condition of a text; its context is (1, chunks * 77, D).
 
         Args:
+            text_2: for the text encoders behind the first; None for the same.
             chunks: as many as `chunks_needed` or more.
             state: of the text encoders: equal where they compute the same.
             prepare: brings them into that state; called if there is something to compute.
         """
-        key = (text, chunks, clip_skip, extended, state)
+        key = (text, text_2, chunks, clip_skip, extended, state)
         if key not in self._known:
-            of_each = zip(self._texts.tokenizers, self._chunks_of(text, extended), strict=True)
+            first, *others = self._chunks_of(text, extended)
+            if text_2 is not None:
+                others = self._chunks_of(text_2, extended)[1:]
+            of_each = zip(self._texts.tokenizers, (first, *others), strict=True)
             tokens = [clip_text.chunk_batch(tokenizer, [own], chunks=chunks) for tokenizer, own in of_each]
             prepare()
             condition = self._texts.encode(

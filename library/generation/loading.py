@@ -69,9 +69,7 @@ def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineMo
     text_encoders: list[Any] = [*base_model.load_text_encoders(dtype=dtype, device=aside)]
     tokenizers = base_model.load_tokenizers()
     embeddings = [read_embedding(file) for file in options.embeddings]
-    for note in add_embeddings(tokenizers[0], text_encoders[0], embeddings):
-        print(note)
-    return PipelineModels(
+    models = PipelineModels(
         family=base_model.family,
         denoiser=denoiser,
         vae=vae,
@@ -80,6 +78,9 @@ def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineMo
         prediction_type=base_model.resolved_prediction_type,
         zero_terminal_snr=options.zero_terminal_snr,
     )
+    for note in add_embeddings(models.texts, embeddings):
+        print(note)
+    return models
 
 
 def _load_control(options: ControlOptions, base_model: BaseModelFiles, models: PipelineModels) -> ControlNets | None:
@@ -91,13 +92,13 @@ def _load_control(options: ControlOptions, base_model: BaseModelFiles, models: P
 
 
 def learn_bundled(models: PipelineModels, files: Sequence[Path]) -> list[str]:
-    """Teach the text encoder the words of textual inversion in adapter files; returns notes for the user.
+    """Teach the text encoders the words of textual inversion in adapter files; returns notes for the user.
 
     Raises:
         UserError: see `add_embeddings`.
     """
     embeddings = [embedding for file in files for embedding in read_bundled_embeddings(file)]
-    return add_embeddings(models.tokenizers[0], models.text_encoders[0], embeddings) if embeddings else []
+    return add_embeddings(models.texts, embeddings) if embeddings else []
 
 
 def load_rack(options: AdapterOptions, models: PipelineModels, find: Callable[[LoraTag], Path] | None = None) -> AdapterRack:

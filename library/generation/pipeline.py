@@ -246,10 +246,11 @@ class Pipeline:
         if request.regions is not None and maps:
             size, colors = (request.width, request.height), request.region_colors
             regions = picture_files.region_maps(request.regions, len(sub_prompts), *size, colors=colors)
-        return rows_of(request, sub_prompts, acting, regions)
+        return rows_of(request, sub_prompts, acting, regions, self.models.family.size_conditions)
 
     def _chunks(self, request: ImageRequest, rows: Sequence[Row]) -> int:
-        return self._encoder.chunks_needed([row.text for row in rows], extended=request.extended)
+        texts = [text for row in rows for text in (row.text, row.text_2) if text is not None]
+        return self._encoder.chunks_needed(texts, extended=request.extended)
 
     @torch.no_grad()
     def _make_batch(self, requests: Sequence[ImageRequest], hooks: Hooks) -> list[Image]:

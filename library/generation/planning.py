@@ -8,12 +8,12 @@ made again alone with the seed in its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from library.errors import UserError, attempt, counted, raise_all
-from library.generation.prompt_options import PromptLine
+from library.generation.prompt_options import IMAGE_OPTIONS, PromptLine
 from library.generation.requests import ImageRequest, floored_size
 from library.prompts.choices import Wildcards, enumerate_choices, expand_choices
 from library.streams import python_stream, stream_seed
@@ -52,6 +52,7 @@ class Plan:
         shuffled: lines in another order in each iteration.
         networks: how many adapters of the command line have a strength that a prompt may change.
         wildcards: of the prompts; None for none.
+        without_effect: fields of a request that the base model has no use for, and why.
         complete: checks a prompt, given with its place for sentences, and adds what it needs beside, such as trigger words.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     shuffled: bool = False
     networks: int = 0
     wildcards: Wildcards | None = None
+    without_effect: Mapping[str, str] = field(default_factory=dict)
     complete: Callable[[str, str], str] = lambda prompt, _: prompt
 
 
@@ -113,28 +115,39 @@ def _planned(line: PromptLine, raw_prompt: str, defaults: Settings, seed: int, p
         return text if line.literal else expand_choices(text, seed=seed, wildcards=plan.wildcards, where=where)
 
     prompt = chosen(line.prompt, seed, line.where)
-    negative = line.settings.get("negative_prompt", defaults.get("negative_prompt")) or ""
-    settings = {
-        **line.settings,
-        "negative_prompt": chosen(negative, stream_seed(seed, "negative prompt"), f"{line.where}, --n"),
-    }
+    settings = dict(line.settings)
+    for name, option in _FURTHER_TEXTS.items():
+        text = line.settings.get(name, defaults.get(name))
+        if text is not None:
+            stream = stream_seed(seed, name.replace("_", " "))
+            settings[name] = chosen(text, stream, f"{line.where}, --{option}")
     line = replace(line, prompt=plan.complete(prompt, line.where), settings=settings)
     request = _request(line, defaults, seed)
     if not line.literal:
-        _check_effects(line, {**defaults, **line.settings}, plan.networks)
+        _check_effects(line, {**defaults, **line.settings}, plan)
     return PlannedPicture(request=request, raw_prompt=raw_prompt, file_name=line.file_name, where=line.where)
 
 
-def _check_effects(line: PromptLine, settings: Settings, networks: int) -> None:
+_FURTHER_TEXTS = {"negative_prompt": "n", "prompt_2": "p2", "negative_prompt_2": "n2"}
+"""Texts of a request beside its prompt, and the options that set them in a line."""
+
+
+def _check_effects(line: PromptLine, settings: Settings, plan: Plan) -> None:
     """Refuse what a line says that would change nothing.
 
     Args:
         settings: of the command, and of the line before those.
+        plan: of the command.
 
     Raises:
         UserError: all of it.
     """
-    problems: list[UserError] = []
+    networks = plan.networks
+    problems = [
+        UserError("has no effect", where=f"{line.where}, --{name}", remedy=plan.without_effect[option.field])
+        for name, option in IMAGE_OPTIONS.items()
+        if option.field in plan.without_effect and line.settings.get(option.field) is not None
+    ]
     for needed, remedy, options in _PARTS:
         if all(settings.get(name) is None for name in needed):
             given = [f"--{option}" for option, field in options.items() if line.settings.get(field) is not None]

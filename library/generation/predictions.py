@@ -66,6 +66,8 @@ class BatchPredictions:
         self._mix = RowMix(pictures, [request.guidance_rescale for request in requests], parameter.device)
         self._owners = [requests[number] for number in self._mix.owners]
         self._chunks, self._encoder, self._rack, self._control = chunks, encoder, rack, control
+        sizes = [row.sizes for row in self._rows]
+        self._sizes = torch.tensor(sizes, device=parameter.device) if any(sizes) else None
         self._states: list[Hashable] = []
         self._condition = Condition(torch.empty(0))
 
@@ -80,7 +82,7 @@ class BatchPredictions:
         if self._rack is not None:
             self._rack.set_denoiser([row.acting for row in self._rows], step, steps)
         inputs = self._mix.spread(latents).to(self._dtype)
-        told = self._condition.denoiser_arguments(sizes=None)
+        told = self._condition.denoiser_arguments(self._sizes)
         if self._control is not None:
             told |= self._control.denoiser_arguments(
                 share=step / steps, latents=inputs, timestep=timestep, told=told, owners=self._owners
@@ -108,6 +110,7 @@ class BatchPredictions:
             conditions = [
                 self._encoder.encode(
                     row.text,
+                    row.text_2,
                     chunks=self._chunks,
                     clip_skip=owner.clip_skip,
                     extended=owner.extended,

@@ -81,6 +81,8 @@ def _sampler(text: str) -> str:
 
 
 _size = _integer(MIN_SIZE, math.inf, f"give {MIN_SIZE} pixels or more")
+_pixels = _integer(1, math.inf, "give 1 pixel or more")
+_offset = _integer(0, math.inf, "give 0 pixels or more")
 _steps = _integer(1, MAX_STEPS, f"give 1 to {MAX_STEPS}")
 _seed = _integer(0, MAX_SEED, f"give 0 to {MAX_SEED}")
 
@@ -128,6 +130,14 @@ IMAGE_OPTIONS: dict[str, PromptOption] = {
     "nl": PromptOption("negative_scale", _number_or_none),
     "rescale": PromptOption("guidance_rescale", _share),
     "d": PromptOption("seeds", _seeds),
+    "p2": PromptOption("prompt_2", str),
+    "n2": PromptOption("negative_prompt_2", str),
+    "ow": PromptOption("original_width", _pixels),
+    "oh": PromptOption("original_height", _pixels),
+    "nw": PromptOption("original_width_negative", _pixels),
+    "nh": PromptOption("original_height_negative", _pixels),
+    "ct": PromptOption("crop_top", _offset),
+    "cl": PromptOption("crop_left", _offset),
     "t": PromptOption("strength", _share),
     "am": PromptOption("network_strengths", _numbers),
     "ss": PromptOption("sampler", _sampler),
@@ -151,7 +161,6 @@ UNAVAILABLE: dict[str, str] = {
     "c": "no library that is kept up guides pictures by CLIP",
     "glsn": "new noise always has the strength that euler_a gives it",
     "glus": "pictures that grow are not sharpened on the way",
-    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), OTHER_MODELS),
     **dict.fromkeys(("g", "ctr", "rcfg", "fs"), OTHER_MODELS),
     "cn": "control images of previews come later",
     "controlnet_image": "control images of previews come later",
@@ -195,10 +204,18 @@ def _tags_without_effect(
     if options is not IMAGE_OPTIONS and (found := _TAG.search(prompt)):
         remedy = "previews show the adapter that is trained; take the tag out"
         problems.append(UserError(f"{found.group()!r} has no effect", where=where, remedy=remedy))
-    if found := _TAG.search(values.get("negative_prompt") or ""):
-        remedy = "tags act on the whole picture; write it in the prompt"
-        problems.append(UserError(f"{found.group()!r} in the negative prompt has no effect", where=where, remedy=remedy))
+    for name, title in _WITHOUT_TAGS.items():
+        if found := _TAG.search(values.get(name) or ""):
+            remedy = "tags act on the whole picture; write it in the prompt"
+            problems.append(UserError(f"{found.group()!r} in the {title} has no effect", where=where, remedy=remedy))
     return problems
+
+
+_WITHOUT_TAGS = {
+    "negative_prompt": "negative prompt",
+    "prompt_2": "second prompt",
+    "negative_prompt_2": "second negative prompt",
+}
 
 
 def _set_option(

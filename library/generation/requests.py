@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError, attempt, raise_all
@@ -15,6 +16,10 @@ LATENT_FACTOR = 8
 MIN_SIZE = 64
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+_SIZES = (
+    *("original_width", "original_height", "original_width_negative", "original_height_negative"),
+    *("crop_top", "crop_left"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,12 @@ class ImageRequest:
         guidance_rescale: 0 to 1, how much guided predictions are brought back to the spread of unguided ones
             (arXiv:2305.08891, eq. 15 and 16).
         sampler: a name of `samplers.SAMPLERS`.
-        clip_skip: the text encoder's layer, counted from its end; None and 1 are the last.
+        clip_skip: the text encoders' layer, counted from their ends; None is the family's own.
+        prompt_2, negative_prompt_2: what the text encoders behind the first are told instead; None for the same.
+        original_width, original_height: size that the picture is said to come from, where a family takes sizes; None for
+            its own. `_negative`: for the negative prompt; None for the same.
+        crop_top, crop_left: where it is said to be cut out of that.
+        aesthetic_score: how beautiful it is said to be, where a family takes that. `_negative`: likewise.
         image: file to begin from; None begins from noise.
         strength: 0 to 1, how much of an image is drawn anew.
         mask: file, white where an image is drawn anew; None for everywhere.
@@ -69,6 +79,16 @@ class ImageRequest:
     guidance_rescale: float = 0.0
     sampler: str = "ddim"
     clip_skip: int | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int = 0
+    crop_left: int = 0
+    aesthetic_score: float = 6.0
+    aesthetic_score_negative: float = 2.5
     image: str | None = None
     strength: float = 0.8
     mask: str | None = None
@@ -103,6 +123,7 @@ class ImageRequest:
             (f"strength {self.highres_strength} of the first stage", self.highres_strength or 0, 0, 1),
             (f"guidance rescale {self.guidance_rescale}", self.guidance_rescale, 0, 1),
             (f"{self.highres_steps} steps of the first stage", self.highres_steps, 1, MAX_STEPS),
+            *((f"{name} {getattr(self, name)}", getattr(self, name) or 0, 0, math.inf) for name in _SIZES),
             (f"clip skip {self.clip_skip}", 1 if self.clip_skip is None else self.clip_skip, 1, math.inf),
             (f"a first stage of {self.highres_scale}", 1 if self.highres_scale is None else self.highres_scale, 0.05, 1),
         )
@@ -157,6 +178,23 @@ class ImageRequest:
             ratio_step=self.growth_step,
             every_n_steps=self.growth_every,
         )
+
+    def size_conditions(self, names: Sequence[str], *, negative: bool = False) -> tuple[float, ...]:
+        """What the picture is said to be.
+
+        Args:
+            names: of `SIZE_CONDITIONS`.
+            negative: for the negative prompt.
+        """
+        width, height = self.original_width or self.width, self.original_height or self.height
+        if negative:
+            width, height = self.original_width_negative or width, self.original_height_negative or height
+        values = {
+            **{"original_height": height, "original_width": width, "crop_top": self.crop_top, "crop_left": self.crop_left},
+            **{"target_height": self.height, "target_width": self.width},
+            "aesthetic_score": self.aesthetic_score_negative if negative else self.aesthetic_score,
+        }
+        return tuple(float(values[name]) for name in names)
 
     @property
     def guided(self) -> bool:

@@ -12,8 +12,9 @@ with c of the prompt, u of the negative prompt, and the scale s. Rows of one pic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Row:
 
     Attributes:
         text: without tags.
+        text_2: what the text encoders behind the first are told instead; None for the same.
+        sizes: what the picture is said to be, see `ImageRequest.size_conditions`.
         acting: the adapters that act on it.
         weight: of its prediction in the picture's.
         share: of its prediction in that of the prompt alone, without guidance.
@@ -41,6 +44,13 @@ class Row:
     acting: Acting
     weight: Weight
     share: Weight
+    text_2: str | None = None
+    sizes: tuple[float, ...] = ()
+
+    @property
+    def question(self) -> Hashable:
+        """Equal for rows to which the denoiser gives the same answer."""
+        return self.text, self.text_2, self.sizes, frozenset(self.acting.items())
 
 
 def rows_of(
@@ -48,6 +58,7 @@ def rows_of(
     sub_prompts: Sequence[SubPrompt],
     acting: Sequence[Acting],
     maps: Sequence[Tensor] | None = None,
+    size_conditions: Sequence[str] = (),
 ) -> list[Row]:
     """The rows of one picture, texts that count for first.
 
@@ -55,7 +66,16 @@ def rows_of(
         sub_prompts: of its prompt, one or more.
         acting: the adapters of each.
         maps: (h, w) of each, adding up to 1; None where there are no regions.
+        size_conditions: those that the denoiser takes.
     """
+    prompted: Mapping[str, Any] = {"text_2": request.prompt_2, "sizes": request.size_conditions(size_conditions)}
+    negative_sizes = request.size_conditions(size_conditions, negative=True)
+    negative: Mapping[str, Any] = {
+        "text": request.negative_prompt,
+        "text_2": request.negative_prompt_2,
+        "sizes": negative_sizes,
+    }
+    empty: Mapping[str, Any] = {"text": "", "text_2": None, "sizes": negative_sizes}
     count = len(sub_prompts)
     shares: Sequence[Weight] = maps if maps is not None else [1.0 / count] * count
     total = sum(each.weight for each in sub_prompts) or 1.0
@@ -67,18 +87,18 @@ def rows_of(
     rows: list[Row] = []
     for sub_prompt, uses, pull, own in zip(sub_prompts, acting, pulls, alone, strict=True):
         weight = request.scale * pull if request.guided else own
-        rows.append(Row(text=sub_prompt.text, acting=uses, weight=weight, share=own))
+        rows.append(Row(text=sub_prompt.text, acting=uses, weight=weight, share=own, **prompted))
     if not request.guided:
         return _joined(rows)
     for uses, pull, share in zip(acting, pulls, shares, strict=True):
         away = request.negative_scale
         if away is None:
             weight = share - request.scale * pull
-            rows.append(Row(text=request.negative_prompt, acting=uses, weight=weight, share=0.0))
+            rows.append(Row(acting=uses, weight=weight, share=0.0, **negative))
         else:
             weight = share - request.scale * pull + away * share
-            rows.append(Row(text="", acting=uses, weight=weight, share=0.0))
-            rows.append(Row(text=request.negative_prompt, acting=uses, weight=-away * share, share=0.0))
+            rows.append(Row(acting=uses, weight=weight, share=0.0, **empty))
+            rows.append(Row(acting=uses, weight=-away * share, share=0.0, **negative))
     return _joined(rows)
 
 
@@ -86,13 +106,13 @@ def _joined(rows: Sequence[Row]) -> list[Row]:
     """Rows that ask the same as one, in the order of their first appearance."""
     joined: list[Row] = []
     for row in rows:
-        place = next((n for n, other in enumerate(joined) if (other.text, other.acting) == (row.text, row.acting)), None)
+        place = next((n for n, other in enumerate(joined) if other.question == row.question), None)
         if place is None:
             joined.append(row)
         else:
             first = joined[place]
             weight, share = first.weight + row.weight, first.share + row.share
-            joined[place] = Row(text=row.text, acting=row.acting, weight=weight, share=share)
+            joined[place] = replace(row, weight=weight, share=share)
     return joined
 
 

@@ -8,10 +8,11 @@ from library.checkpoints.tokenizers import shipped_tokenizer
 from library.families.family import EPSILON, V_PREDICTION
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
+from library.families.sdxl import SDXL
 from library.generation.pipeline import PipelineModels
 from tests.support.tiny_models import build_tiny_parts
 
-KINDS = {"sd1": (SD1, EPSILON), "sd2": (SD2, EPSILON), "sd2 v": (SD2, V_PREDICTION)}
+KINDS = {"sd1": (SD1, EPSILON), "sd2": (SD2, EPSILON), "sd2 v": (SD2, V_PREDICTION), "sdxl": (SDXL, EPSILON)}
 
 
 def tiny_models(kind: str) -> PipelineModels:

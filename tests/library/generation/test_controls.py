@@ -23,9 +23,8 @@ from library.generation.controls import (
 )
 from library.generation.pipeline import Pipeline
 from library.generation.requests import ImageRequest
-from library.generation.samplers import make_scheduler
 from tests.library.generation.conftest import tiny_models
-from tests.library.generation.diffusers_reference import ROUNDING
+from tests.library.generation.diffusers_reference import ROUNDING, diffusers_pipeline
 from tests.support.tiny_models import build_tiny_control_net
 
 
@@ -50,20 +49,7 @@ def drawn(models, controls: ControlNets | None, requests, **settings) -> list[np
 
 
 def picture_of_diffusers(models, nets, request, images, **settings) -> np.ndarray:
-    from diffusers import StableDiffusionControlNetPipeline
-
-    pipeline = StableDiffusionControlNetPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoders[0],
-        tokenizer=models.tokenizers[0],
-        unet=models.denoiser,
-        controlnet=nets,
-        scheduler=make_scheduler(request.sampler, steps=request.steps, prediction_type=models.prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = diffusers_pipeline(models, request, "ControlNet", controlnet=nets)
     return pipeline(
         request.prompt,
         image=images,
@@ -78,7 +64,7 @@ def picture_of_diffusers(models, nets, request, images, **settings) -> np.ndarra
     ).images[0]
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2 v"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2 v", "sdxl"])
 def test_pictures_are_those_of_diffusers(kind, hints):
     models = tiny_models(kind)
     net = build_tiny_control_net(models.denoiser, seed=5)

@@ -14,21 +14,25 @@ from tests.library.generation.diffusers_reference import ROUNDING, diffusers_pic
 from tests.support.tiny_models import TEXT_WIDTHS
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_pictures_are_those_of_diffusers_own_loading(kind):
-    vectors = torch.randn(3, TEXT_WIDTHS[0], generator=torch.Generator().manual_seed(0))
+    models = tiny_models(kind)
+    stream = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(3, width, generator=stream) for width, _ in zip(TEXT_WIDTHS, models.text_encoders, strict=False)]
     asked = ImageRequest(
         prompt="a photo of zorbulon in a park", negative_prompt="zorbulon", width=64, height=64, seed=1, steps=3
     )
-    models = tiny_models(kind)
     plain = diffusers_picture(models, asked)
 
     def load(pipeline):
-        pipeline.load_textual_inversion({"zorbulon": vectors}, token="zorbulon")
+        parts = zip(models.family.text_encoders, vectors, strict=True)
+        for encoder, own in parts:
+            taught = {"text_encoder": getattr(pipeline, encoder.part), "tokenizer": getattr(pipeline, encoder.tokenizer)}
+            pipeline.load_textual_inversion({"zorbulon": own}, token="zorbulon", **taught)
         return {}
 
     expected = diffusers_picture(tiny_models(kind), asked, load)
-    add_embeddings(models.tokenizers[0], models.text_encoders[0], [Embedding(name="zorbulon", vectors=vectors, where="")])
+    add_embeddings(models.texts, [Embedding(name="zorbulon", vectors=tuple(vectors), where="")])
     (picture,) = Pipeline(models).generate([asked])
     assert np.abs(plain - expected).max() > 0.02, "an embedding that does nothing would prove nothing"
     assert np.abs(np.asarray(picture) / 255 - expected).max() <= ROUNDING

@@ -11,6 +11,7 @@ from torch import nn
 from library.errors import UserError
 from library.generation.pipeline import Hooks, Pipeline, PipelineSettings
 from library.generation.requests import ImageRequest
+from tests.library.generation.conftest import tiny_models
 from tests.library.generation.diffusers_reference import ROUNDING, diffusers_picture
 
 
@@ -235,3 +236,23 @@ def test_autocast_computes_the_step_in_the_type_of_the_training(sd1_models):
     finally:
         handle.remove()
     assert types == [torch.bfloat16]
+
+
+def test_what_a_picture_is_said_to_be_counts_as_in_diffusers():
+    models = tiny_models("sdxl")
+    sizes = {"original_width": 1024, "original_height": 512, "crop_top": 16, "crop_left": 32}
+    asked = request(
+        **sizes, original_width_negative=256, original_height_negative=128, prompt_2="a dog", negative_prompt_2="old"
+    )
+    told = {
+        **{"original_size": (512, 1024), "crops_coords_top_left": (16, 32), "target_size": (64, 64)},
+        **{"negative_original_size": (128, 256), "negative_crops_coords_top_left": (16, 32)},
+        **{"negative_target_size": (64, 64), "prompt_2": "a dog", "negative_prompt_2": "old"},
+    }
+    expected = diffusers_picture(models, asked, lambda _: told)
+    drawn = pixels(Pipeline(models).generate([asked])[0]) / 255
+    assert np.abs(drawn - expected).max() <= ROUNDING
+    for field in ("original_width", "crop_left", "original_height_negative", "prompt_2", "negative_prompt_2"):
+        default = getattr(request(), field)
+        (other,) = Pipeline(models).generate([replace(asked, **{field: default})])
+        assert np.abs(pixels(other) / 255 - drawn).max() > 1 / 255, field
