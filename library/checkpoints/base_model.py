@@ -126,6 +126,7 @@ def open_base_model(
     v2: bool | None = None,
     v_parameterization: bool | None = None,
     variant: str | None = None,
+    refiner: bool = False,
 ) -> BaseModelFiles:
     """Find out what a path holds.
 
@@ -136,6 +137,7 @@ def open_base_model(
         v2: what the user says about the family; None where nothing is said.
         v_parameterization: what the user says about the prediction; None where nothing is said.
         variant: which weights of a folder ("fp16"); None for the plain ones, or the only ones.
+        refiner: take a model that finishes others' pictures, instead of one that draws.
 
     Raises:
         UserError: not found, not a model of a known family, a part missing, or in contradiction to what the user says.
@@ -143,6 +145,9 @@ def open_base_model(
     found = resolve_model_path(path)
     model = _open_folder(found, variant, v_parameterization) if found.is_dir() else _open_file(found, v_parameterization)
     _check_family(model, v2)
+    if (model.family.refines is not None) is not refiner:
+        remedy = "give a refiner" if refiner else "give a model that draws from noise"
+        raise UserError(f"is {model.family.title}", where=str(model.path), remedy=remedy)
     if vae_path is None:
         return model
     vae = open_vae(vae_path, model.family)

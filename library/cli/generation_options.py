@@ -33,6 +33,14 @@ _MODEL = OptionGroup(
     (
         Option(name="ckpt", help="the base model: a checkpoint file or a diffusers folder"),
         Option(name="vae", help="a VAE to use instead of the model's own"),
+        Option(name="refiner", help="SDXL's refiner, which makes the last steps of every picture", extension=True),
+        Option(
+            name="refiner_start",
+            type=float,
+            default=0.8,
+            help="share of the noise, from the beginning, that the base model takes away before the refiner goes on",
+            extension=True,
+        ),
         Option(name="v2", type=FLAG, help="the model is a Stable Diffusion 2.x; found out without it, and checked with it"),
         Option(
             name="v_parameterization", type=FLAG, help="the model predicts v; found out where the file says it, and checked"
@@ -359,6 +367,7 @@ def _model(parsed: ParsedOptions) -> ModelOptions:
     return ModelOptions(
         path=parsed["ckpt"] or "",
         vae=parsed["vae"],
+        refiner=parsed["refiner"],
         v2=parsed["v2"] or None,
         v_parameterization=parsed["v_parameterization"] or None,
         zero_terminal_snr=parsed["zero_terminal_snr"],
@@ -384,6 +393,7 @@ _SETTINGS: dict[str, str] = {
     "guidance_rescale": "guidance_rescale",
     "sampler": "sampler",
     "clip_skip": "clip_skip",
+    "refiner_start": "refiner_start",
     **{
         name: name
         for name in (
@@ -477,6 +487,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "max_embeddings_multiples": (1, math.inf),
     "guidance_rescale": (0, 1),
+    "refiner_start": (0, 1),
     "strength": (0, 1),
     "highres_fix_scale": (0.05, 1),
     "highres_fix_steps": (1, MAX_STEPS),
@@ -583,6 +594,7 @@ _PARTS_OF: dict[str, tuple[str, ...]] = {
     "gradual_latent_timesteps": (*("gradual_latent_ratio", "gradual_latent_ratio_step", "gradual_latent_every_n_steps"),),
     "highres_fix_scale": ("highres_fix_steps", "highres_fix_disable_control_net"),
     "mask_path": ("network_regional_mask_max_color_codes",),
+    "refiner": ("refiner_start",),
 }
 
 

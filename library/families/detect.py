@@ -16,9 +16,13 @@ from library.families.family import ModelFamily
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from library.families.sdxl import SDXL
+from library.families.sdxl_refiner import SDXL_REFINER
 from library.text_files import read_json_object
 
 FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2, SDXL)
+"""Those that draw, and have adapters."""
+
+_BASE_FAMILIES = (*FAMILIES, SDXL_REFINER)
 DEFAULT_FAMILY = SD1
 """Of an adapter that does not tell and is not said to be for SD2, as in sd-scripts."""
 
@@ -80,11 +84,11 @@ def family_of_checkpoint(shapes: Shapes, *, where: str | None = None) -> ModelFa
     if other:
         raise UserError(f"is {other}", where=where, remedy=remedy)
     _check_inputs(shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 4))[1], where, remedy)
-    for family in FAMILIES:
+    for family in _BASE_FAMILIES:
         if all(any(key.startswith(encoder.file_prefixes) for key in shapes) for encoder in family.text_encoders):
             return family
     width = next((shape[1] for key, shape in shapes.items() if key.startswith(_UNET) and _CONTEXT.search(key)), None)
-    found = next((family for family in FAMILIES if family.context_width == width), None)
+    found = next((family for family in _BASE_FAMILIES if family.context_width == width), None)
     title = "Stable Diffusion" if found is None else found.title
     prefixes = [encoder.file_prefixes[0] for encoder in (found or SD1).text_encoders]
     missing = [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in shapes)]
@@ -178,7 +182,8 @@ def family_of_configs(unet: Mapping[str, Any], text_encoders: Sequence[Mapping[s
         text_encoders: as many as there are.
     """
     if unet:
-        alike = [family for family in FAMILIES if bool(family.size_conditions) is bool(unet.get("addition_embed_type"))]
+        sized = bool(unet.get("addition_embed_type"))
+        alike = [family for family in _BASE_FAMILIES if bool(family.size_conditions) is sized]
     else:
         alike = [family for family in FAMILIES if len(family.text_encoders) >= len(text_encoders)]
     width = unet.get("cross_attention_dim")

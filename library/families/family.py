@@ -68,6 +68,7 @@ class ModelFamily:
     Attributes:
         name: short and stable, for code and file names ("sd1").
         title: for sentences ("Stable Diffusion 1.x").
+        refines: name of the family whose pictures its models finish; None for families that draw from noise.
         text_encoders: in the order of their features in the condition.
         denoiser_prefix: how saved layer names of the denoiser (here always a U-Net) begin.
         denoiser_wording: whose names of the denoiser's layers adapters are saved under.
@@ -98,6 +99,7 @@ class ModelFamily:
 
     name: str
     title: str
+    refines: str | None = None
     text_encoders: tuple[TextEncoder, ...]
     denoiser_prefix: str
     denoiser_wording: LayerWording

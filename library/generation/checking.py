@@ -27,6 +27,7 @@ def checked_model(options: GenerationOptions, problems: list[UserError]) -> Base
         clip_skip = options.pictures.settings.get("clip_skip")
         attempt(lambda: base_model.check_clip_skip(clip_skip), problems)
         attempt(partial(_check_control, options, base_model), problems)
+        attempt(partial(open_refiner, options.model, base_model), problems)
     for file in options.model.embeddings:
         attempt(partial(_check_embedding, file), problems)
     family = None if base_model is None else base_model.family
@@ -71,6 +72,24 @@ def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     from library.checkpoints.base_model import open_base_model
 
     return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
+
+
+def open_refiner(model: ModelOptions, base_model: BaseModelFiles) -> BaseModelFiles | None:
+    """The refiner's headers; None where none is wanted.
+
+    Raises:
+        UserError: it cannot be read, or does not finish pictures of the base model.
+    """
+    from library.checkpoints.base_model import open_base_model
+
+    if model.refiner is None:
+        return None
+    where = f"--refiner {model.refiner}"
+    refiner = open_base_model(model.refiner, refiner=True)
+    if refiner.family.refines != base_model.family.name:
+        what = f"is {refiner.family.title}, and the base model is {base_model.family.title}"
+        raise UserError(what, where=where, remedy="leave it out")
+    return refiner
 
 
 def check_adapter(file: Path, family: ModelFamily | None, where: str) -> None:

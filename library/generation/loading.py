@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from library.conditioning.embeddings import add_embeddings, read_bundled_embeddi
 from library.devices import best_device, compute_dtype, use_xformers
 from library.errors import UserError
 from library.generation.adapters import AdapterKey, AdapterRack
+from library.generation.checking import open_refiner
 from library.generation.compiling import CompiledDenoiser
 from library.generation.controls import ControlNets, open_control_nets
 from library.generation.options import AdapterOptions, ControlOptions, GenerationOptions, ModelOptions, NetworkUse
@@ -47,7 +49,8 @@ def load_pipeline(options: GenerationOptions, base_model: BaseModelFiles, find: 
         offload=options.model.offload,
     )
     compiled = CompiledDenoiser(models.denoiser, note=print) if options.model.compile else None
-    return Pipeline(models, settings, rack=rack, control=control, compiled=compiled, note=print)
+    refiner = _load_refiner(options.model, base_model, models)
+    return Pipeline(models, settings, rack=rack, control=control, compiled=compiled, refiner=refiner, note=print)
 
 
 def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineModels:
@@ -81,6 +84,23 @@ def load_models(options: ModelOptions, base_model: BaseModelFiles) -> PipelineMo
     for note in add_embeddings(models.texts, embeddings):
         print(note)
     return models
+
+
+def _load_refiner(options: ModelOptions, base_model: BaseModelFiles, models: PipelineModels) -> PipelineModels | None:
+    """The refiner's U-Net and text encoder, beside the base model's VAE."""
+    refiner = open_refiner(options, base_model)
+    if refiner is None:
+        return None
+    parameter = next(models.denoiser.parameters())
+    aside = next(models.text_encoders[0].parameters()).device
+    denoiser: Any = refiner.load_denoiser(dtype=parameter.dtype, device=parameter.device)
+    return replace(
+        models,
+        family=refiner.family,
+        denoiser=denoiser,
+        text_encoders=refiner.load_text_encoders(dtype=parameter.dtype, device=aside),
+        tokenizers=refiner.load_tokenizers(),
+    )
 
 
 def _load_control(options: ControlOptions, base_model: BaseModelFiles, models: PipelineModels) -> ControlNets | None:

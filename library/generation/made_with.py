@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from library.generation.planning import PlannedPicture
     from library.generation.requests import ImageRequest
 
-APART = ("path", "vae")
+APART = ("path", "vae", "refiner")
 """Fields of `ModelOptions` that have an entry of their own."""
 
 
@@ -36,7 +36,7 @@ class RecipeWriter:
         self._common: dict[str, Any] = {
             "model": base_model.name,
             "model_file": _absolute(options.model.path),
-            "vae": None if options.model.vae is None else _absolute(options.model.vae),
+            **{name: _absolute(file) for name in APART[1:] if (file := getattr(options.model, name)) is not None},
             "networks": [_network(use) for use in options.adapters.networks],
         }
         if model.is_file():

@@ -18,6 +18,7 @@ class ModelOptions:
     """Which base model and how it computes. `v2`, `v_parameterization` are None where the user said nothing.
 
     Attributes:
+        refiner: a second model, for the last steps of every picture.
         compile: compile the U-Net's repeated blocks; adapters should then be merged, see `compiling.CompiledDenoiser`.
         embeddings: files of textual inversion.
         vae_batch_size: pictures that the VAE decodes at the same time; below 1 a share of the batch.
@@ -27,6 +28,7 @@ class ModelOptions:
 
     path: str
     vae: str | None = None
+    refiner: str | None = None
     v2: bool | None = None
     v_parameterization: bool | None = None
     zero_terminal_snr: bool = False

@@ -30,6 +30,7 @@ from library.generation.deep_shrink import deep_shrink
 from library.generation.encoding import PromptEncoder, shortened
 from library.generation.gradual_latent import Size, gradual_sizes, grown
 from library.generation.predictions import BatchPredictions, Control
+from library.generation.refiner import Refiner, noise_left
 from library.generation.requests import LATENT_FACTOR, ImageRequest
 from library.generation.rows import Row, rows_of
 from library.generation.samplers import denoising_timesteps, make_scheduler, takes_generator
@@ -143,6 +144,7 @@ class Pipeline:
         rack: the adapters that requests may want.
         control: takes part in every call of the denoiser.
         compiled: the denoiser, where its blocks are compiled.
+        refiner: models that make the last steps (their VAE is not used), without adapters and controls.
         note: is told what a user should know, one sentence each.
     """
 
@@ -154,6 +156,7 @@ class Pipeline:
         rack: AdapterRack | None = None,
         control: Control | None = None,
         compiled: CompiledDenoiser | None = None,
+        refiner: PipelineModels | None = None,
         note: Callable[[str], None] = _nothing,
     ) -> None:
         settings = settings or PipelineSettings()
@@ -161,6 +164,10 @@ class Pipeline:
         self._rack, self._control, self._compiled = rack or AdapterRack(), control, compiled
         stays = not settings.offload
         self._encoder = PromptEncoder(models.texts, max_chunks=settings.max_chunks, note=note, stays=stays)
+        self._refiner = None
+        if refiner is not None:
+            encoder = PromptEncoder(refiner.texts, max_chunks=settings.max_chunks, note=_nothing, stays=stays)
+            self._refiner = Refiner(refiner.family, refiner.denoiser, encoder)
         batch_size = settings.vae_batch_size
         scale = models.family.latent_scale
         self._codec = LatentCodec(models.vae, scale=scale, batch_size=batch_size, stays=stays, note=note)
@@ -197,6 +204,8 @@ class Pipeline:
         hooks = hooks or Hooks()
         with self._borrowed_models(), self._rack.borrowed():
             self._encoder.forget()
+            if self._refiner is not None:
+                self._refiner.encoder.forget()
             for numbers in self._batches(requests, batch_size, hooks):
                 yield from self._attempted(requests, numbers, hooks, failed)
 
@@ -232,7 +241,14 @@ class Pipeline:
             loop = (sizes, request.steps, request.sampler, begins, stages)
             rows = self._rows(request, maps=False)
             merged = tuple(frozenset(row.acting.items()) for row in rows) if self._rack.merges else None
-            key = (loop, request.guided, self._chunks(request, rows), merged, hooks.batch_key(request))
+            key = (
+                loop,
+                request.guided,
+                request.refiner_start,
+                self._chunks(request, rows),
+                merged,
+                hooks.batch_key(request),
+            )
             groups.setdefault(key, []).append(number)
         for group in groups.values():
             for start in range(0, len(group), batch_size):
@@ -242,11 +258,15 @@ class Pipeline:
         sub_prompts = read_sub_prompts(request)
         regional = request.regions is not None
         acting = self._rack.acting(sub_prompts, request.network_strengths, regional=regional)
-        regions = None
-        if request.regions is not None and maps:
-            size, colors = (request.width, request.height), request.region_colors
-            regions = picture_files.region_maps(request.regions, len(sub_prompts), *size, colors=colors)
+        regions = self._regions(request) if maps else None
         return rows_of(request, sub_prompts, acting, regions, self.models.family.size_conditions)
+
+    def _regions(self, request: ImageRequest) -> Sequence[Tensor] | None:
+        """(h, w) of each sub-prompt; None where there are no regions."""
+        if request.regions is None:
+            return None
+        size, count = (request.width, request.height), len(read_sub_prompts(request))
+        return picture_files.region_maps(request.regions, count, *size, colors=request.region_colors)
 
     def _chunks(self, request: ImageRequest, rows: Sequence[Row]) -> int:
         texts = [text for row in rows for text in (row.text, row.text_2) if text is not None]
@@ -350,10 +370,16 @@ class Pipeline:
         noise = self._noise(sizes[0], generators).to(device)
         latents = _first_latents(scheduler, timesteps, noise, source)
         sampler_noise = {"generator": list(generators)} if takes_generator(scheduler) else {}
-        predictions = self._predictions(requests, merged=merged)
+        predictions, refined = self._predictions(requests, merged=merged), None
+        if self._refiner is not None:
+            regions = [self._regions(request) for request in requests]
+            refined = self._refiner.predictions(requests, [read_sub_prompts(request) for request in requests], regions)
+            last = noise_left(first.refiner_start, scheduler)
         for number, timestep in enumerate(timesteps):
             hooks.before_step(Step(requests=requests, number=number, count=len(timesteps)))
             place, steps = int(number / calls_per_step), max(1, round(len(timesteps) / calls_per_step))
+            if refined is not None and timestep < last:
+                predictions = refined
             prediction = predictions.of(scheduler.scale_model_input(latents, timestep), timestep, place, steps)
             prediction, latents = (grown(each, sizes[number + 1]) for each in (prediction, latents))
             latents = scheduler.step(prediction, timestep, latents, **sampler_noise).prev_sample

@@ -83,7 +83,8 @@ def _read(path: Path) -> _Recipe:
 
 def _model_part(options: GenerationOptions, recipe: _Recipe) -> Any:
     own = recipe.made_with.get("model_file") or recipe.made_with.get("model")
-    return None if options.model.path else own, None if options.model.vae else recipe.made_with.get("vae")
+    others = [None if getattr(options.model, name) else recipe.made_with.get(name) for name in APART[1:]]
+    return None if options.model.path else own, others
 
 
 def _settings_part(options: GenerationOptions, recipe: _Recipe) -> Any:
@@ -159,9 +160,12 @@ def _model(options: ModelOptions, recipe: _Recipe) -> ModelOptions:
         name = f" but the name {made_with['model']}" if made_with.get("model") else ""
         what = f"it does not say which file its base model is{name}"
         raise UserError(what, where=str(recipe.path), remedy="give it with --ckpt")
-    vae = options.vae or made_with.get("vae") if "model_file" in made_with else options.vae
-    for file, option in ((path, "--ckpt"), (vae, "--vae")):
-        if file and Path(file).is_absolute() and not Path(file).exists() and file not in (options.path, options.vae):
+    others = {name: getattr(options, name) for name in APART[1:]}
+    if "model_file" in made_with:
+        others = {name: given or made_with.get(name) for name, given in others.items()}
+    chosen = [getattr(options, name) for name in APART]
+    for file, option in ((path, "--ckpt"), *((file, f"--{name}") for name, file in others.items())):
+        if file and Path(file).is_absolute() and not Path(file).exists() and file not in chosen:
             what = f"it was drawn with {file}, which is not there"
             raise UserError(what, where=str(recipe.path), remedy=f"give it with {option}")
     computed = {
@@ -170,7 +174,7 @@ def _model(options: ModelOptions, recipe: _Recipe) -> ModelOptions:
     }
     given = {name: value for name, value in not_default(options).items() if name not in APART}
     with _readable(recipe):
-        return replace(options, **{**computed, **given, "path": path, "vae": vae})
+        return replace(options, **{**computed, **given, "path": path, **others})
 
 
 def _adapters(options: AdapterOptions, recipes: Sequence[_Recipe]) -> AdapterOptions:

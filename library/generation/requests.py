@@ -46,6 +46,7 @@ class ImageRequest:
         original_width, original_height: size that the picture is said to come from, where a family takes sizes; None for
             its own. `_negative`: for the negative prompt; None for the same.
         crop_top, crop_left: where it is said to be cut out of that.
+        refiner_start: share of the noise, from the beginning, behind which a refiner goes on, where there is one; 0 to 1.
         aesthetic_score: how beautiful it is said to be, where a family takes that. `_negative`: likewise.
         image: file to begin from; None begins from noise.
         strength: 0 to 1, how much of an image is drawn anew.
@@ -87,6 +88,7 @@ class ImageRequest:
     original_height_negative: int | None = None
     crop_top: int = 0
     crop_left: int = 0
+    refiner_start: float = 0.8
     aesthetic_score: float = 6.0
     aesthetic_score_negative: float = 2.5
     image: str | None = None
@@ -121,6 +123,7 @@ class ImageRequest:
             (f"seed {self.seed}", self.seed, 0, MAX_SEED),
             (f"strength {self.strength}", self.strength, 0, 1),
             (f"strength {self.highres_strength} of the first stage", self.highres_strength or 0, 0, 1),
+            (f"a refiner's start at {self.refiner_start}", self.refiner_start, 0, 1),
             (f"guidance rescale {self.guidance_rescale}", self.guidance_rescale, 0, 1),
             (f"{self.highres_steps} steps of the first stage", self.highres_steps, 1, MAX_STEPS),
             *((f"{name} {getattr(self, name)}", getattr(self, name) or 0, 0, math.inf) for name in _SIZES),

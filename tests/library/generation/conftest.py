@@ -9,14 +9,16 @@ from library.families.family import EPSILON, V_PREDICTION
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from library.families.sdxl import SDXL
+from library.families.sdxl_refiner import SDXL_REFINER
 from library.generation.pipeline import PipelineModels
 from tests.support.tiny_models import build_tiny_parts
 
 KINDS = {"sd1": (SD1, EPSILON), "sd2": (SD2, EPSILON), "sd2 v": (SD2, V_PREDICTION), "sdxl": (SDXL, EPSILON)}
+REFINER = "sdxl refiner"
 
 
 def tiny_models(kind: str) -> PipelineModels:
-    family, prediction_type = KINDS[kind]
+    family, prediction_type = (SDXL_REFINER, EPSILON) if kind == REFINER else KINDS[kind]
     parts = build_tiny_parts(family)
     return PipelineModels(
         family=family,
