@@ -17,8 +17,8 @@ from library.cli.doors import run_door
 from library.cli.generation_options import parse_generation
 
 
-def generate(argv: Sequence[str]) -> int:
-    options = parse_generation(argv)
+def generate(argv: Sequence[str], family: str | None = None) -> int:
+    options = parse_generation(argv, family)
     if isinstance(options, Path):
         from library.generation.run import list_adapters
 

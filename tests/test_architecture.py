@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOORS = (
     "train_network.py",
     "gen_img_diffusers.py",
+    "sdxl_gen_img.py",
     "tools/convert_diffusers20_original_sd.py",
     "tools/resize_images_to_resolution.py",
     "tools/show_metadata.py",

@@ -16,7 +16,7 @@ from library.checkpoints.single_file import check_vae, read_checkpoint, vae_of_f
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tokenizers import load_tokenizer, shipped_tokenizer
 from library.errors import UserError
-from library.families.detect import family_of_folder
+from library.families.detect import FAMILIES, family_of_folder
 from library.families.family import EPSILON, V_PREDICTION, ModelFamily, PredictionType
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def open_base_model(
     v_parameterization: bool | None = None,
     variant: str | None = None,
     refiner: bool = False,
+    family: str | None = None,
 ) -> BaseModelFiles:
     """Find out what a path holds.
 
@@ -138,6 +139,7 @@ def open_base_model(
         v_parameterization: what the user says about the prediction; None where nothing is said.
         variant: which weights of a folder ("fp16"); None for the plain ones, or the only ones.
         refiner: take a model that finishes others' pictures, instead of one that draws.
+        family: name of the only family that will do; None for any.
 
     Raises:
         UserError: not found, not a model of a known family, a part missing, or in contradiction to what the user says.
@@ -148,6 +150,10 @@ def open_base_model(
     if (model.family.refines is not None) is not refiner:
         remedy = "give a refiner" if refiner else "give a model that draws from noise"
         raise UserError(f"is {model.family.title}", where=str(model.path), remedy=remedy)
+    if family not in (None, model.family.name):
+        wanted = next(each.title for each in FAMILIES if each.name == family)
+        what = f"is {model.family.title}, and this command is for {wanted}"
+        raise UserError(what, where=str(model.path), remedy="use the command without sdxl_ in its name")
     if vae_path is None:
         return model
     vae = open_vae(vae_path, model.family)

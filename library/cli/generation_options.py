@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,8 +318,11 @@ _LATER = OptionGroup(
 GENERATION_OPTIONS = (_MODEL, _PICTURES, _BEGINNINGS, _NETWORKS, _CONTROL, _COMPARING, _OUTPUT, _PRECISION, _LATER)
 
 
-def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
+def parse_generation(argv: Sequence[str], family: str | None = None) -> GenerationOptions | Path:
     """The run that a command line of gen_img_diffusers.py describes, or the folder whose adapters it wants listed.
+
+    Args:
+        family: name of the only family that will do; None for any.
 
     Raises:
         UserError: every problem that the command line alone shows, at once.
@@ -334,7 +338,7 @@ def parse_generation(argv: Sequence[str]) -> GenerationOptions | Path:
     axes = attempt(lambda: read_axes(parsed["grid"]), problems) if parsed.given("grid") else ()
     raise_all(problems)
     return GenerationOptions(
-        model=_model(parsed),
+        model=replace(_model(parsed), family=family),
         pictures=_pictures(parsed, axes or ()),
         output=OutputOptions(
             folder=Path(parsed["outdir"]),

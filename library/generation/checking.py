@@ -71,7 +71,8 @@ def _check_embedding(file: Path) -> None:
 def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     from library.checkpoints.base_model import open_base_model
 
-    return open_base_model(model.path, vae_path=model.vae, v2=model.v2, v_parameterization=model.v_parameterization)
+    said = {"v2": model.v2, "v_parameterization": model.v_parameterization, "family": model.family}
+    return open_base_model(model.path, vae_path=model.vae, **said)
 
 
 def open_refiner(model: ModelOptions, base_model: BaseModelFiles) -> BaseModelFiles | None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from library.generation.requests import ImageRequest
 
 APART = ("path", "vae", "refiner")
-"""Fields of `ModelOptions` that have an entry of their own."""
+"""Fields of `ModelOptions` that have an entry of their own: files."""
+_OF_THE_COMMAND = ("family",)
 
 
 class RecipeWriter:
@@ -41,7 +42,9 @@ class RecipeWriter:
         }
         if model.is_file():
             self._common["model_hash"] = legacy_model_hash(model)
-        computed = {name: value for name, value in not_default(options.model).items() if name not in APART}
+        computed = {
+            name: value for name, value in not_default(options.model).items() if name not in (*APART, *_OF_THE_COMMAND)
+        }
         merging = {"merged": options.adapters.merged, "merge_for_batches": options.adapters.merge_for_batches}
         control = [{**asdict(use), "path": _absolute(use.path)} for use in options.control.uses]
         others = {"computed": computed, "control": control, **merging}

@@ -18,6 +18,7 @@ class ModelOptions:
     """Which base model and how it computes. `v2`, `v_parameterization` are None where the user said nothing.
 
     Attributes:
+        family: name of the only family that will do; None for any.
         refiner: a second model, for the last steps of every picture.
         compile: compile the U-Net's repeated blocks; adapters should then be merged, see `compiling.CompiledDenoiser`.
         embeddings: files of textual inversion.
@@ -27,6 +28,7 @@ class ModelOptions:
     """
 
     path: str
+    family: str | None = None
     vae: str | None = None
     refiner: str | None = None
     v2: bool | None = None
