@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
+import sdxl_gen_img
 from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
 from library.cli.options import FLAG, all_options
 from library.families.sd1 import SD1
+from library.families.sdxl_refiner import SDXL_REFINER
 from library.generation.planning import image_seed
 from library.generation.png_info import read_recipe
 from networks import lora
 from tests.support.drawing import SMALL, draw, pixels, refused, write_lora
-from tests.support.tiny_models import build_tiny_parts
+from tests.support.tiny_models import build_tiny_folder, build_tiny_parts
 
 ROOT = Path(gen_img_diffusers.__file__).parent
 FROZEN = ROOT / "tests" / "library" / "generation" / "gen_img_diffusers_options.txt"
@@ -251,9 +253,44 @@ def test_an_adapter_with_values_that_are_not_finite_is_refused_by_tensor(capsys,
 def test_what_is_no_base_model_is_refused_by_name(capsys, tiny_sd1_lora, tmp_path):
     common = ("--prompt", "a", "--outdir", tmp_path / "out", "--ckpt")
     assert "is an adapter (LoRA) file, not a base model" in refused(capsys, *common, tiny_sd1_lora)
-    sdxl = tmp_path / "sdxl.safetensors"
-    save_file({"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": torch.ones(1)}, sdxl)
-    assert "is an SDXL checkpoint" in refused(capsys, *common, sdxl)
+    flux = tmp_path / "flux.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(1)}, flux)
+    assert "is a FLUX checkpoint" in refused(capsys, *common, flux)
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory):
+    return build_tiny_folder(tmp_path_factory.mktemp("refiner") / "tiny_refiner", SDXL_REFINER)
+
+
+def test_sdxl_is_drawn_from_a_file_with_its_refiner_and_again_from_its_recipe(tiny_sdxl_file, refiner, tmp_path):
+    told = "a red cat --n blurry --ow 512 --oh 256 --ct 8 --p2 oil painting --d 3"
+    given = ("--ckpt", tiny_sdxl_file, "--prompt", told, "--steps", "4", "--outdir")
+    assert sdxl_gen_img.main(list(map(str, (*given, tmp_path / "base")))) == 0
+    (base,) = (tmp_path / "base").glob("*.png")
+    assert pixels(base).shape == (64, 64, 3), "the model's own size"
+    (refined,) = draw(*given, tmp_path / "refined", "--refiner", refiner, "--refiner_start", "0.5")
+    assert np.abs(pixels(base) - pixels(refined)).mean() > 1
+    (again,) = draw("--from_png", refined, "--outdir", tmp_path / "again")
+    assert np.array_equal(pixels(again), pixels(refined))
+    recipe, _ = read_recipe(refined)
+    assert (recipe.original_width, recipe.crop_top, recipe.prompt_2) == (512, 8, "oil painting")
+
+
+def test_each_model_has_its_place(capsys, tiny_sd1_folder, tiny_sdxl_folder, refiner, tmp_path):
+    common = ("--prompt", "a", "--outdir", tmp_path / "out", "--ckpt")
+    assert "tiny_refiner: is Stable Diffusion XL's refiner; give a model that draws from noise" in refused(
+        capsys, *common, refiner
+    )
+    assert "is Stable Diffusion XL; give a refiner" in refused(
+        capsys, *common, tiny_sdxl_folder, "--refiner", tiny_sdxl_folder
+    )
+    said = refused(capsys, *common, tiny_sd1_folder, "--refiner", refiner)
+    assert "is Stable Diffusion XL's refiner, and the base model is Stable Diffusion 1.x; leave it out" in said
+    assert sdxl_gen_img.main(list(map(str, (*common, tiny_sd1_folder)))) == 2
+    said = "is Stable Diffusion 1.x, and this command is for Stable Diffusion XL; use the command without sdxl_ in its name"
+    assert f"sdxl_gen_img: {tiny_sd1_folder}: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_options_become_what_they_say():

@@ -106,7 +106,7 @@ _PICTURES = OptionGroup(
         Option(name="prompt_2", help="what a second text encoder is told instead of the prompt", extension=True),
         Option(name="negative_prompt_2", help="likewise, instead of the negative prompt", extension=True),
         *(
-            Option(name=name, type=int, help=f"what SDXL is told of the picture: {what}")
+            Option(name=name, type=int, help=f"what SDXL is told of the picture: {what}", extension=True)
             for name, what in (
                 ("original_width", "the width that it comes from; its own without this"),
                 ("original_height", "the height that it comes from; its own without this"),
