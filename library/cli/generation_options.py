@@ -235,7 +235,7 @@ _NETWORKS = OptionGroup(
         Option(
             name="network_pre_calc",
             type=FLAG,
-            help="add adapters to the weights for the time of a batch, where their strengths stay the same",
+            help="add adapters to the weights while pictures want them, where their strengths stay the same",
         ),
         Option(name="network_show_meta", type=FLAG, help="print what the files say of themselves"),
         Option(

@@ -62,7 +62,7 @@ class AdapterOptions:
     Attributes:
         networks: of the command line.
         merged: how many of them, from the first, are merged into the model for good.
-        merge_for_batches: have adapters in the weights for the time of a batch, where their strengths stay the same.
+        merge_for_batches: have adapters in the weights while pictures want them, where their strengths stay the same.
         folder: where names in tags are looked up; None for nowhere.
         known: files of names in tags, before the folder, as recipes say them.
         tag_style: see `ImageRequest.lora_tag_style`.

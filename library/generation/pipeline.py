@@ -282,9 +282,11 @@ class Pipeline:
             with shrunk:
                 latents = self._drawn(requests, hooks, merged=merged)
         if not torch.isfinite(latents).all():
+            half = torch.float16 in (self._settings.autocast, next(self.models.denoiser.parameters()).dtype)
+            remedy = "use --bf16 or full precision instead of --fp16, and " if half else ""
             raise UserError(
                 f"the picture of seed {requests[0].seed} came out as no numbers (NaN)",
-                remedy="use --bf16 or full precision instead of --fp16, and check the networks' strengths",
+                remedy=f"{remedy}check the networks' strengths",
             )
         return list(self._codec.decode(latents))
 

@@ -65,13 +65,15 @@ def merge_for_good(networks: Iterable[AdapterNetwork]) -> None:
     for adapters in layers.values():
         target = adapters[0][0]
         base, tensors = _unmerged_weight(target), _weight_and_bias(target)
-        sums = [tensor.float() for tensor in tensors]
-        for _, adapter in adapters:
-            for place, delta in enumerate((adapter.delta_weight(base), adapter.delta_bias())):
+        # All of them before the first acts, since `base` may be the weight itself.
+        changes = [(adapter.multiplier, (adapter.delta_weight(base), adapter.delta_bias())) for _, adapter in adapters]
+        for place, tensor in enumerate(tensors):
+            total = tensor.float()  # the weight itself if it is in fp32, which spares three passes over it
+            for multiplier, deltas in changes:
+                delta = deltas[place]
                 if delta is not None:
-                    sums[place] = sums[place] + adapter.multiplier * delta.to(sums[place].device)
-        for tensor, changed in zip(tensors, sums, strict=True):
-            tensor.copy_(changed.to(tensor.dtype))
+                    total.add_(delta.to(total.device), alpha=multiplier)
+            tensor.copy_(total)
 
 
 class AdapterNetwork(nn.Module):
