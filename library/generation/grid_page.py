@@ -18,9 +18,10 @@ h2 { margin: 2.5rem 0 .5rem; font-size: 1.1rem; font-weight: 600; max-width: 60r
 p, figcaption, summary, .what { color: var(--pale); font-size: .85rem; }
 .sheet { overflow: auto; max-height: 95vh; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: separate; border-spacing: 6px; }
-th { background: Canvas; font-weight: 600; padding: .3rem .6rem; overflow-wrap: anywhere; }
+th { background: Canvas; font-weight: 600; padding: .3rem .6rem; overflow-wrap: break-word; }
 thead th { position: sticky; top: 0; z-index: 1; }
 tbody th { position: sticky; left: 0; text-align: right; max-width: 14rem; }
+.what { white-space: nowrap; }
 td { vertical-align: top; }
 figure { margin: 0; width: 16rem; }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
