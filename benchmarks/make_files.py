@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The files that weight_tools.py measures with: models and adapters of Stable Diffusion 1.5's size, fp16, random.
+"""The files that weight_tools.py measures with: models and adapters of full size, fp16, random.
 
     python benchmarks/make_files.py FOLDER
+    python benchmarks/make_files.py FOLDER sdxl
 
-FOLDER gets sd15.safetensors, tuned.safetensors (the other with noise of full rank and a change of rank 8 on every matrix),
-lora.safetensors (rank 8 on 264 layers), other.safetensors (rank 16, 350 layers with convolutions) and wide.safetensors
-(rank 16 on the same 264): 4.5 GB together.
+FOLDER gets model.safetensors, tuned.safetensors (the other with noise of full rank and a change of rank 8 on every matrix),
+lora.safetensors (rank 8 on the layers of LierLa), other.safetensors (rank 16, with convolutions) and wide.safetensors (rank 16
+on LierLa's): 4.5 GB together for Stable Diffusion 1.5, which they are without a name, and 14.5 GB for SDXL.
 """
 
 from __future__ import annotations
@@ -19,31 +20,32 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
-from library.checkpoints.ldm_keys import UNET_PREFIX, VAE_PREFIX
+from library.checkpoints.ldm_keys import TRANSPOSED, split_view
 from library.checkpoints.model_writing import plan_single_file
-from library.checkpoints.parts import TEXT_ENCODER, UNET, VAE, ModelPart
-from library.checkpoints.single_file import original_table
+from library.checkpoints.parts import ModelPart
+from library.checkpoints.single_file import original_prefixes, original_table
 from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
+from library.families.family import ModelFamily
 from library.families.sd1 import SD1
+from library.families.sdxl import SDXL
 from networks.tools.model_differences import tensor_pairs
 
 SPREAD = 0.02  # of weights; a change is a tenth of it
-PARTS = {
-    UNET: (SD1.unet_config, UNET_PREFIX),
-    VAE: (SD1.vae_config, VAE_PREFIX),
-    TEXT_ENCODER: (SD1.text_encoders[0].config, SD1.text_encoders[0].file_prefixes[0]),
-}
+FAMILIES = {"sd15": SD1, "sdxl": SDXL}
 
 
-def model_tensors() -> dict[str, PlannedTensor]:
+def model_tensors(family: ModelFamily) -> dict[str, PlannedTensor]:
     """Every tensor of a checkpoint in the original layout; those of norms are about 1."""
     planned = {}
-    for kind, (config, prefix) in PARTS.items():
-        part = ModelPart(kind=kind, config=config, sources={}, where="")
-        table = original_table(kind, config, SD1)
+    for kind in family.parts:
+        part = ModelPart(kind=kind, config=family.config(kind), sources={}, where="")
+        table, prefix = original_table(kind, part.config, family), original_prefixes(kind, family)[0]
         for name, shape in part.module_shapes().items():
-            original = table.to_original(name)
-            assert original is not None
+            key = table.to_original(name)
+            assert key is not None
+            original, view = split_view(key)
+            if view:
+                shape = shape[::-1] if view == TRANSPOSED else (3 * shape[0], *shape[1:])
             middle = 1.0 if "norm" in name and name.endswith(".weight") else 0.0
 
             def make(shape: tuple[int, ...] = shape, middle: float = middle) -> Tensor:
@@ -75,11 +77,11 @@ def lora(model: BaseModelFiles, rank: int, *, with_convolutions: bool) -> dict[s
     return tensors
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, family: ModelFamily) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    write_tensors(folder / "sd15.safetensors", model_tensors())
-    model = open_base_model(folder / "sd15.safetensors")
+    write_tensors(folder / "model.safetensors", model_tensors(family))
+    model = open_base_model(folder / "model.safetensors")
     write_tensors(folder / "tuned.safetensors", plan_single_file(model, change=tuned, from_headers=True))
     adapters = {"lora": (8, False), "other": (16, True), "wide": (16, False)}
     for name, (rank, with_convolutions) in adapters.items():
@@ -87,6 +89,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3) or (len(sys.argv) == 3 and sys.argv[2] not in FAMILIES):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), FAMILIES[(sys.argv[2:] or ["sd15"])[0]])

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MODEL, TUNED, LORA, OTHER, WIDE = (f"{{files}}/{name}.safetensors" for name in ("sd15", "tuned", "lora", "other", "wide"))
+MODEL, TUNED, LORA, OTHER, WIDE = (f"{{files}}/{name}.safetensors" for name in ("model", "tuned", "lora", "other", "wide"))
 COPY = f"import os, shutil; shutil.copyfile('{MODEL}', '{{out}}'); os.fsync(os.open('{{out}}', os.O_RDONLY))"
 TWO = f"--models {LORA} {OTHER} --ratios 0.6 0.4 --save_to {{out}}"
 COMMANDS = {

@@ -142,6 +142,11 @@ class ModelFamily:
         """The parts of a base model, by kind: folders of these names hold them."""
         return ("unet", "vae", *(encoder.part for encoder in self.text_encoders))
 
+    def config(self, part: str) -> Mapping[str, Any]:
+        """The configuration of a part of full size."""
+        known = {"unet": self.unet_config, "vae": self.vae_config}
+        return known[part] if part in known else self.text_encoder(part).config
+
     def text_encoder(self, part: str) -> TextEncoder:
         """The text encoder that is a model's part of this name."""
         return next(encoder for encoder in self.text_encoders if encoder.part == part)

@@ -17,14 +17,7 @@ from library.families.sd2 import SD2
 from library.families.sdxl import SDXL
 
 FAMILIES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
-FULL_CONFIGS = {
-    family.name: {
-        UNET: family.unet_config,
-        VAE: family.vae_config,
-        **{encoder.part: encoder.config for encoder in family.text_encoders},
-    }
-    for family in FAMILIES.values()
-}
+FULL_CONFIGS = {family.name: {part: family.config(part) for part in family.parts} for family in FAMILIES.values()}
 
 
 @cache
