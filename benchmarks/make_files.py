@@ -5,8 +5,8 @@
     python benchmarks/make_files.py FOLDER sdxl
 
 FOLDER gets model.safetensors, tuned.safetensors (the other with noise of full rank and a change of rank 8 on every matrix),
-lora.safetensors (rank 8 on the layers of LierLa), other.safetensors (rank 16, with convolutions) and wide.safetensors (rank 16
-on LierLa's): 4.5 GB together for Stable Diffusion 1.5, which they are without a name, and 14.5 GB for SDXL.
+lora.safetensors (rank 8 on the layers of LierLa), other.safetensors (rank 16, with convolutions) and wide.safetensors (rank
+16 on LierLa's): 4.5 GB together for Stable Diffusion 1.5, which they are without a name, and 14.5 GB for SDXL.
 """
 
 from __future__ import annotations
