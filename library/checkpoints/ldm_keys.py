@@ -129,6 +129,17 @@ def _unet_encoder_pairs(config: Mapping[str, Any]) -> Pairs:
             yield f"input_blocks.{places * (block + 1)}.0.op", f"down_blocks.{block}.downsamplers.0.conv"
 
 
+def transformer_depth(config: Mapping[str, Any], attention: str) -> int:
+    """Transformer blocks of an attention module of a U-Net or ControlNet ("up_blocks.0.attentions.1")."""
+    depths = config.get("transformer_layers_per_block", 1)
+    if isinstance(depths, int):
+        return depths
+    side, level = attention.split(".")[:2]
+    if side == "mid_block":
+        return depths[-1]
+    return (depths if side == "down_blocks" else depths[::-1])[int(level)]
+
+
 def control_net_table(config: Mapping[str, Any]) -> KeyTable:
     """For a ControlNet of diffusers' configuration `config`."""
     return KeyTable(_control_net_pairs(config))

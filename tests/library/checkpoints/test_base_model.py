@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.base_model import open_base_model, resolve_prediction_type
+from library.checkpoints.model_writing import plan_single_file
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.errors import UserError
@@ -382,3 +383,20 @@ def test_a_published_folders_tokenizer_files_are_read(tiny_sd1_folder, tmp_path)
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     ids = open_base_model(copy).load_tokenizers()[0]("a photo of a cat").input_ids
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_a_model_is_planned_from_its_headers_as_from_its_modules(folder, single_file):
+    for path in (folder, single_file):
+        model = open_base_model(path)
+        planned = plan_single_file(model, from_headers=True)
+        of_modules = plan_single_file(model)
+        assert {key: tensor.dtype for key, tensor in planned.items()} == {
+            key: tensor.dtype for key, tensor in of_modules.items()
+        }
+
+
+def test_what_a_model_lacks_is_told_from_its_headers(single_file, tmp_path):
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.norm2.weight"
+    model = open_base_model(edited(single_file, tmp_path, **{key: None}))
+    with pytest.raises(UserError, match=r"lacks mid_block.attentions.0.transformer_blocks.0.norm2.weight of its U-Net"):
+        plan_single_file(model, from_headers=True)
