@@ -24,6 +24,7 @@ DOORS = (
     "networks/convert_lora.py",
     "networks/resize_lora.py",
     "networks/merge_lora.py",
+    "networks/sdxl_merge_lora.py",
     "networks/svd_merge_lora.py",
 )
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "cv2", "bitsandbytes", "huggingface_hub"}
@@ -74,7 +75,11 @@ def family_names(path: str, tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.fullmatch(r"sd[12]|sdxl|sd_v[12]\w*|sdxl_base\S*|stable-diffusion-(v[12]|xl)\S*", node.value):
                 yield f"line {node.lineno} names the family {node.value!r}"
-        elif isinstance(node, ast.ImportFrom) and node.module in ("library.families.sd1", "library.families.sd2", "library.families.sdxl"):
+        elif isinstance(node, ast.ImportFrom) and node.module in (
+            "library.families.sd1",
+            "library.families.sd2",
+            "library.families.sdxl",
+        ):
             yield f"line {node.lineno} imports one family"
 
 

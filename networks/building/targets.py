@@ -15,6 +15,8 @@ from library.families.detect import family_of_configs
 from library.families.family import ModelFamily
 from networks.core.adapter import LayerSpec
 from networks.formats.keys import saved_name
+from networks.formats.layer_names import DENOISER as DENOISER
+from networks.formats.layer_names import TEXT_ENCODERS as TEXT_ENCODERS
 from networks.formats.layer_names import Part as Part
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
@@ -25,7 +27,7 @@ class Target:
     """One layer that may get an adapter.
 
     Attributes:
-        name: saved layer name ("lora_unet_mid_block_attentions_0_proj_in").
+        name: saved layer name ("lora_unet_mid_block_attentions_0_proj_in"), in the family's wording.
         path: of the module in its model ("mid_block.attentions.0.proj_in"), which patterns are matched with.
         part: which part of the model it belongs to.
         inside: class names of the modules around it, outermost first, and of the layer itself.
@@ -54,14 +56,15 @@ def family_of_models(text_encoder: nn.Module | Sequence[nn.Module] | None, unet:
     """The family of models in hand, by their configurations.
 
     Raises:
-        UserError: a U-Net of a family that is not supported (SDXL).
+        UserError: more text encoders than the U-Net's family has.
     """
-    unet_config = dict(getattr(unet, "config", {}))
     encoders = text_encoder_list(text_encoder)
-    if unet_config.get("addition_embed_type") or len(encoders) > 1:
-        raise UserError("adapters for SDXL are not supported", remedy="give a Stable Diffusion 1.x or 2.x model")
-    config = getattr(encoders[0], "config", None) if encoders else None
-    return family_of_configs(unet_config, config.to_dict() if config is not None else {})
+    configs = [encoder.config.to_dict() for encoder in encoders if hasattr(encoder, "config")]
+    family = family_of_configs(dict(getattr(unet, "config", {})), configs)
+    if len(encoders) > len(family.text_encoders):
+        what = f"{len(encoders)} text encoders given with a U-Net of {family.title}"
+        raise UserError(what, remedy="give the models of one base model")
+    return family
 
 
 def model_layers(
@@ -70,10 +73,10 @@ def model_layers(
     """Every layer that an adapter can be put on, text encoders first, in the order of the models' modules."""
     targets: list[Target] = []
     encoders = text_encoder_list(text_encoder)
-    for prefix, encoder in zip(family.text_encoder_prefixes, encoders, strict=False):
-        targets += _in_model(encoder, prefix, "text_encoder", family)
+    for part, prefix, encoder in zip(TEXT_ENCODERS, family.text_encoder_prefixes, encoders, strict=False):
+        targets += _in_model(encoder, prefix, part, family)
     if unet is not None:
-        targets += _in_model(unet, family.denoiser_prefix, "denoiser", family)
+        targets += _in_model(unet, family.denoiser_prefix, DENOISER, family)
     return targets
 
 
@@ -83,8 +86,8 @@ def _in_model(model: nn.Module, prefix: str, part: Part, family: ModelFamily) ->
             spec = LayerSpec.of(layer)
         except TypeError:
             continue
-        name = saved_name(prefix, path)
-        block = family.block_index(name) if part == "denoiser" else None
+        name = saved_name(prefix, path, family)
+        block = family.block_index(name) if part == DENOISER else None
         yield Target(name=name, path=path, part=part, inside=inside, block=block, layer=layer, spec=spec)
 
 
