@@ -25,6 +25,7 @@ DOORS = (
     "networks/convert_lora.py",
     "networks/resize_lora.py",
     "networks/merge_lora.py",
+    "networks/sdxl_merge_lora.py",
     "networks/svd_merge_lora.py",
 )
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "cv2", "bitsandbytes", "huggingface_hub"}

@@ -19,6 +19,7 @@ from library.cli.weight_tools import (
     suffix_problems,
 )
 from library.errors import UserError, raise_all
+from library.families.detect import FAMILY_FLAGS
 
 if TYPE_CHECKING:
     from networks.tools.extraction import Extraction
@@ -32,11 +33,13 @@ EXTRACT_LORA_OPTIONS = (
         (
             Option(name="model_org", help="the base model: checkpoint, diffusers folder or Hub id"),
             Option(name="model_tuned", help="the tuned model: likewise, of any layout"),
-            Option(name="v2", type=FLAG, help="say that both are SD 2.x; an error where they are not"),
+            *(
+                Option(name=flag, type=FLAG, help=f"say that both are {family.title}; an error where they are not")
+                for flag, family in FAMILY_FLAGS.items()
+            ),
             Option(
                 name="v_parameterization", type=FLAG, help="say that they predict v; an error where a model says otherwise"
             ),
-            Option(name="sdxl", type=FLAG, help="say that both are SDXL", later="SDXL models are not supported"),
             Option(
                 name="load_precision", choices=tuple(PRECISIONS), help="type that both models are rounded to before all else"
             ),
@@ -83,7 +86,7 @@ EXTRACT_LORA_OPTIONS = (
                 name="min_diff",
                 type=float,
                 default=0.01,
-                help="leave the text encoder out where none of its layers' weights differs by more than this",
+                help="leave the text encoders out where none of their layers' weights differs by more than this",
             ),
             Option(
                 name="store_rest",
@@ -115,7 +118,7 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> tuple[Extracti
     """
     given = parse(argv, EXTRACT_LORA_OPTIONS, description=description)
     wanted = {"model_org": "the base model", "model_tuned": "the tuned model", "save_to": "a name for the file to write"}
-    problems = [*missing_problems(given, wanted), *suffix_problems(given), *_out_of_range(given)]
+    problems = [*missing_problems(given, wanted), *suffix_problems(given), *_contradictions(given)]
     raise_all([*problems, *place_problems(given, ("model_org", "model_tuned"))])
     from networks.tools.extraction import Extraction
     from networks.tools.rank_choice import RankRule
@@ -137,7 +140,7 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> tuple[Extracti
         device=checked_device(given["device"]),
         rounded_to=given["load_precision"],
         precision=given["save_precision"] or "float",
-        v2=True if given["v2"] else None,
+        said=next((family for flag, family in FAMILY_FLAGS.items() if given[flag]), None),
         v_parameterization=True if given["v_parameterization"] else None,
         with_modelspec=not given["no_metadata"],
         store_rest=given["store_rest"],
@@ -145,8 +148,11 @@ def parse_extraction(argv: Sequence[str], *, description: str) -> tuple[Extracti
     return extraction, report_places(given)
 
 
-def _out_of_range(given: ParsedOptions) -> list[UserError]:
+def _contradictions(given: ParsedOptions) -> list[UserError]:
     problems = rank_problems(given, "dim", "conv_dim")
+    said = [f"--{flag}" for flag in FAMILY_FLAGS if given[flag]]
+    if len(said) > 1:
+        problems.append(UserError("exclude each other", where=" and ".join(said), remedy="leave them out: models say it"))
     if not 0 < given["clamp_quantile"] <= 1:
         problems.append(UserError("is not above 0 and at most 1", where=given.where("clamp_quantile")))
     for name in ("min_diff", "rank_threshold"):

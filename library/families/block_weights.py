@@ -105,4 +105,4 @@ def place_of(layer: str, family: ModelFamily) -> int | None:
     if not layer.startswith(family.denoiser_prefix):
         return 0
     block = family.block_index(layer)
-    return None if block is None else block + 1
+    return None if block is None else family.block_places[block]

@@ -26,6 +26,9 @@ _BASE_FAMILIES = (*FAMILIES, SDXL_REFINER)
 DEFAULT_FAMILY = SD1
 """Of an adapter that does not tell and is not said to be for SD2, as in sd-scripts."""
 
+FAMILY_FLAGS: Mapping[str, ModelFamily] = {family.flag: family for family in FAMILIES if family.flag}
+"""Switch of command lines -> the family that it says a model is of."""
+
 _TITLES = " or ".join([", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title])
 
 Shapes = Mapping[str, tuple[int, ...]]

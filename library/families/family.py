@@ -84,6 +84,7 @@ class ModelFamily:
         latent_factor: pixels along one side of a latent's pixel.
         context_width: of the full-size model's text condition.
         is_v2: what sd-scripts' `--v2` and `ss_v2` say of the family.
+        flag: the switch by which command lines say that a model is of the family ("v2"); None where there is none.
         prediction_types: what models of the family predict; with one entry, a file need not say it.
         known_as: how other programs' names of the family begin, in `ss_base_model_version` and `modelspec.architecture`.
         adapter_marks: patterns that only layer names of this family's adapters match, in any layout.
@@ -115,6 +116,7 @@ class ModelFamily:
     latent_factor: int
     context_width: int
     is_v2: bool
+    flag: str | None = None
     prediction_types: tuple[str, ...]
     known_as: tuple[str, ...]
     adapter_marks: tuple[str, ...] = ()
@@ -136,6 +138,11 @@ class ModelFamily:
     def text_encoder_prefixes(self) -> tuple[str, ...]:
         """How saved layer names of adapters begin, one per text encoder."""
         return tuple(encoder.adapter_prefix for encoder in self.text_encoders)
+
+    @property
+    def adapter_prefixes(self) -> Mapping[str, str]:
+        """The parts that adapters are for, by kind -> how saved layer names begin; in the order of a network's layers."""
+        return {**{encoder.part: encoder.adapter_prefix for encoder in self.text_encoders}, "unet": self.denoiser_prefix}
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ SD2 = replace(
     text_encoders=(OPEN_CLIP_H,),
     context_width=1024,
     is_v2=True,
+    flag="v2",
     prediction_types=(EPSILON, V_PREDICTION),
     known_as=("sd_v2", "stable-diffusion-v2"),
     base_model_versions={EPSILON: "sd_v2", V_PREDICTION: "sd_v2_v"},

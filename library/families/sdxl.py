@@ -82,6 +82,7 @@ SDXL = replace(
     latent_scale=0.13025,
     context_width=2048,
     is_v2=False,
+    flag="sdxl",
     # The published model predicts the noise; fine-tunes that predict v say so.
     prediction_types=(EPSILON,),
     known_as=("sdxl", "stable-diffusion-xl"),

@@ -1,7 +1,7 @@
 """Values per block of the U-Net: learning-rate weights, ranks and alphas, as `network_args` spells them.
 
-A list has one value for each of the family's block places (25 for SD1 and SD2): conv_in, 11 down, 1 middle, 12 up.
-`down_lr_weight` covers the places before the middle one, `up_lr_weight` those after it.
+A list has one value for each of the family's block places, `ModelFamily.block_index` (25 for SD1 and SD2, 23 for SDXL).
+Learning-rate weights cover those of `ModelFamily.block_sides`: 12 down, 1 middle, 12 up (SDXL: 9, 3, 9); others keep 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError, near_names
+from library.families.family import ModelFamily
 from networks.building.rules import Rule, first_setting
 from networks.building.targets import Target
 from networks.core.adapter import LayerSpec
@@ -64,7 +65,7 @@ def _not_negative(values: tuple[float, ...], name: str) -> tuple[float, ...]:
 
 
 def all_learning_rate_weights(
-    down: str | None, middle: str | None, up: str | None, *, zero_threshold: float, block_count: int
+    down: str | None, middle: str | None, up: str | None, *, zero_threshold: float, family: ModelFamily
 ) -> tuple[float, ...] | None:
     """One learning-rate weight for each block, or None where none is asked for.
 
@@ -75,12 +76,15 @@ def all_learning_rate_weights(
     """
     if down is None and middle is None and up is None:
         return None
-    side = (block_count - 1) // 2
-    weights = (
-        *(learning_rate_weights(down, side, "down_lr_weight") if down is not None else (1.0,) * side),
-        *(block_values(middle, 1, "mid_lr_weight") if middle is not None else (1.0,)),
-        *(learning_rate_weights(up, side, "up_lr_weight") if up is not None else (1.0,) * side),
+    weights = [1.0] * family.block_count
+    readers = (
+        (down, "down_lr_weight", learning_rate_weights),
+        (middle, "mid_lr_weight", block_values),
+        (up, "up_lr_weight", learning_rate_weights),
     )
+    for places, (text, name, read) in zip(family.block_sides, readers, strict=True):
+        if text is not None:
+            weights[places.start : places.stop] = read(text, len(places), name)
     return tuple(weight if weight > zero_threshold else 0.0 for weight in weights)
 
 

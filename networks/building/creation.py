@@ -65,7 +65,7 @@ SCALE_ARGUMENTS: dict[str, Parser] = {"rs_lora": arguments.flag}
 """How alpha acts: rsLoRA (Kalajdzievski, arXiv:2312.03732) scales by alpha / sqrt(rank)."""
 
 
-def rate_factors(values: Mapping[str, Any], block_count: int, rules: Sequence[Rule] = ()) -> RateFactors:
+def rate_factors(values: Mapping[str, Any], family: ModelFamily, rules: Sequence[Rule] = ()) -> RateFactors:
     """What the arguments of `RATE_ARGUMENTS` say, beside learning rates by pattern.
 
     Raises:
@@ -76,7 +76,7 @@ def rate_factors(values: Mapping[str, Any], block_count: int, rules: Sequence[Ru
         values.get("mid_lr_weight"),
         values.get("up_lr_weight"),
         zero_threshold=values.get("block_lr_zero_threshold", 0.0),
-        block_count=block_count,
+        family=family,
     )
     if weights is None and "block_lr_zero_threshold" in values:
         raise UserError(
@@ -179,7 +179,7 @@ def create_network(
     values = _with_dropout(values, neuron_dropout, used)
     selection = read_selection(values, family, default_preset=own.preset)
     _note_what_means_nothing(used, network_dim, network_alpha, values, selection.rules)
-    rates = rate_factors(values, family.block_count, selection.rules)
+    rates = rate_factors(values, family, selection.rules)
     plan = rank_plan(network_dim, network_alpha, values, rates, selection, family.block_count)
 
     seed = values.get("seed")
@@ -378,7 +378,7 @@ def create_network_from_weights(
     report.check(adapter.where, family, allow_unmatched=allow_unmatched)
     used = [target for key, target in targets.items() if key in report.matched]
     adapters = [_adapter_of_file(target, report.matched[target.name], own, values, adapter.where) for target in used]
-    rates = rate_factors(values, family.block_count, selection.rules)
+    rates = rate_factors(values, family, selection.rules)
     network = AdapterNetwork(adapters, used, family=family, multiplier=multiplier, rate_factors=rates)
     network.load_report = str(report)
     return network, network.file_tensors()

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from networks.building.rules import Rule, first_setting
-from networks.building.targets import Part, Target
+from networks.building.targets import DENOISER, TEXT_ENCODERS, Part, Target
 from networks.core.adapter import Adapter
 
-PART_LABELS: dict[Part, str] = {"text_encoder": "textencoder", "denoiser": "unet"}
+PART_LABELS: dict[Part, str] = {"text_encoder": "textencoder", "text_encoder_2": "textencoder2", "denoiser": "unet"}
 """sd-scripts' names of the parts in logs."""
 
 
@@ -48,29 +48,31 @@ class RateFactors:
 
     def plus_ratio(self, part: Part) -> float | None:
         """The LoRA+ ratio of one part."""
-        return self.denoiser_plus_ratio if part == "denoiser" else self.text_encoder_plus_ratio
+        return self.denoiser_plus_ratio if part == DENOISER else self.text_encoder_plus_ratio
 
 
-def single_rate(rates: float | Sequence[float | None] | None, encoders: int = 1) -> float | None:
-    """sd-scripts allows a list of text-encoder rates, one per encoder.
+def text_encoder_rates(rates: float | Sequence[float | None] | None, encoders: int) -> dict[Part, float | None]:
+    """The learning rate of each text encoder, where sd-scripts allows one for all or a list with one for each.
 
     Raises:
-        UserError: more rates than encoders, of which the later ones would be without effect.
+        UserError: another number of rates than encoders, some of which would be without effect or without a rate.
     """
-    if rates is None or isinstance(rates, (int, float)):
-        return rates
-    if len(rates) > encoders:
-        given = " ".join(str(rate) for rate in rates)
+    given = [rates] if rates is None or isinstance(rates, (int, float)) else list(rates) or [None]
+    if len(given) not in (1, encoders):
+        shown = " ".join(str(rate) for rate in given)
         raise UserError(
-            f"{len(rates)} learning rates for {encoders} text encoder", where=f"--text_encoder_lr {given}", remedy="give one"
+            f"{len(given)} learning rates for {counted(encoders, 'text encoder')}",
+            where=f"--text_encoder_lr {shown}",
+            remedy="give one" if encoders == 1 else f"give one, or one for each of the {encoders}",
         )
-    return rates[0] if rates else None
+    each = given if len(given) == encoders else given * encoders
+    return dict(zip(TEXT_ENCODERS, each, strict=False))
 
 
 def parameter_groups(
     adapters: Iterable[tuple[Target, Adapter]], rates: Mapping[Part, float | None], factors: RateFactors
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The groups for the optimizer and their names for logs ("unet_block3 plus"): text encoder, then U-Net by block.
+    """The groups for the optimizer and their names for logs ("unet_block3 plus"): text encoders, then U-Net by block.
 
     Layers with rate 0 or None are in no group.
     """
@@ -91,10 +93,10 @@ def parameter_groups(
     return groups, descriptions
 
 
-def place_order(place: tuple[Part, int | None]) -> tuple[bool, int]:
-    """Sort key of (part, block): the text encoder before the denoiser, then by block."""
+def place_order(place: tuple[Part, int | None]) -> tuple[int, int]:
+    """Sort key of (part, block): the text encoders before the denoiser, then by block."""
     part, block = place
-    return part != "text_encoder", block or 0
+    return (*TEXT_ENCODERS, DENOISER).index(part), block or 0
 
 
 def _split(adapters: list[Adapter], plus_ratio: float | None) -> list[tuple[str, float, list[nn.Parameter]]]:

@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from library.errors import UserError
 from library.families.family import ModelFamily
 from library.streams import torch_stream
-from networks.building.groups import RateFactors, parameter_groups, single_rate
+from networks.building.groups import RateFactors, parameter_groups, text_encoder_rates
 from networks.building.summary import GroupSummary, summarise
-from networks.building.targets import Part, Target, text_encoder_list
+from networks.building.targets import DENOISER, TEXT_ENCODERS, Part, Target, text_encoder_list
 from networks.core.adapter import Adapter
 from networks.formats import files
 from networks.formats.keys import to_kohya
@@ -126,7 +126,7 @@ class AdapterNetwork(nn.Module):
         return adapter
 
     def items(self) -> Iterator[tuple[Target, Adapter]]:
-        """Every target with its adapter, text encoder first."""
+        """Every target with its adapter, text encoders first."""
         return ((target, self.adapter(name)) for name, target in self.targets.items())
 
     def keep_parts(self, parts: Iterable[Part]) -> None:
@@ -178,8 +178,8 @@ class AdapterNetwork(nn.Module):
         """Set the strength of every adapter; cheap enough to be called at every sampling step.
 
         Args:
-            text_encoder: of all layers there.
-            denoiser: of all layers there, or of those outside all blocks where `blocks` are given. A tensor (rows,) has a
+            text_encoder: of all layers of all text encoders.
+            denoiser: of all its layers, or of those outside all blocks where `blocks` are given. A tensor (rows,) has a
                 strength for each row of the batches to come.
             blocks: strengths by U-Net block, likewise.
 
@@ -189,7 +189,7 @@ class AdapterNetwork(nn.Module):
         if blocks is not None and len(blocks) != self.family.block_count:
             raise ValueError(f"{len(blocks)} block strengths given, {self.family.block_count} wanted")
         for target, adapter in self.items():
-            if target.part == "text_encoder":
+            if target.part in TEXT_ENCODERS:
                 adapter.set_strength(text_encoder)
             elif blocks is None or target.block is None:
                 adapter.set_strength(denoiser)
@@ -262,22 +262,21 @@ class AdapterNetwork(nn.Module):
         self._check_models(text_encoder, unet)
         parts: list[Part] = []
         if apply_text_encoder:
-            parts.append("text_encoder")
+            parts += TEXT_ENCODERS
         if apply_unet:
-            parts.append("denoiser")
+            parts.append(DENOISER)
         self.keep_parts(parts)
         if not self.targets:
             raise UserError("the network has no layer in the chosen parts of the model", where="--network_args")
         self.attach()
 
     def _check_models(self, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module | None) -> None:
-        given: dict[Part, list[nn.Module]] = {
-            "text_encoder": text_encoder_list(text_encoder),
-            "denoiser": [unet] if unet is not None else [],
-        }
-        layers = {part: {id(layer) for model in models for layer in model.modules()} for part, models in given.items()}
+        given: dict[Part, nn.Module] = dict(zip(TEXT_ENCODERS, text_encoder_list(text_encoder), strict=False))
+        if unet is not None:
+            given[DENOISER] = unet
+        layers = {part: {id(layer) for layer in model.modules()} for part, model in given.items()}
         for target in self.targets.values():
-            if given[target.part] and id(target.layer) not in layers[target.part]:
+            if target.part in given and id(target.layer) not in layers[target.part]:
                 raise ValueError(f"the network was made for another model: {target.name} is no layer of the one given")
 
     def prepare_optimizer_params(
@@ -288,17 +287,15 @@ class AdapterNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for the optimizer, and their names for logs.
 
-        A rate of None falls back to `default_lr`; 0 freezes that part. (sd-scripts returned the groups alone before
+        Text encoders have one rate together, or a list of one for each. A rate of None falls back to `default_lr`; 0 freezes
+        that part. (sd-scripts returned the groups alone before
         2024, and returns this pair since.)
 
         Raises:
-            UserError: nothing is left to train, or several text-encoder rates.
+            UserError: nothing is left to train, or another number of rates than text encoders.
         """
-        text_encoder_lr = single_rate(text_encoder_lr)
-        self._rates = {
-            "text_encoder": text_encoder_lr if text_encoder_lr is not None else default_lr,
-            "denoiser": unet_lr if unet_lr is not None else default_lr,
-        }
+        rates = {**text_encoder_rates(text_encoder_lr, len(self.family.text_encoders)), DENOISER: unet_lr}
+        self._rates = {part: rate if rate is not None else default_lr for part, rate in rates.items()}
         self.prepare_grad_etc()
         groups, descriptions = parameter_groups(self.items(), self._rates, self.rate_factors)
         if not groups:

@@ -13,13 +13,14 @@ from library.errors import UserError, attempt, near_names, raise_all
 from library.families.family import ModelFamily
 from library.text_files import read_toml
 from networks.building.rules import Rule, matches, matches_any
-from networks.building.targets import Part, Target
+from networks.building.targets import DENOISER, TEXT_ENCODERS, Part, Target
 from networks.core import arguments
 from networks.core.algorithms import algorithm
 from networks.core.arguments import Parser
 
 _ATTENTION = ("Attention", "CLIPAttention", "CLIPSdpaAttention")
-_OUTSIDE_BLOCKS = r"^unet\.(conv_in|conv_out|time_embedding\.linear_[12])$"
+_EMBEDDINGS = r"(time|add)_embedding\.linear_[12]"
+_OUTSIDE_BLOCKS = rf"^unet\.(conv_in|conv_out|{_EMBEDDINGS})$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +32,19 @@ class Entry:
         names: as the file has them.
         patterns: the same as regular expressions of whole paths; none for classes.
         classes: the names, where they are classes.
-        part: of the model that it is about; None for all.
+        parts: of the model that it is about; one of them has to have what it names.
     """
 
     where: str
     names: tuple[str, ...]
     patterns: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
-    part: Part | None = None
+    parts: tuple[Part, ...] = (*TEXT_ENCODERS, DENOISER)
 
     def names_any(self, targets: Iterable[Target]) -> bool:
         """Whether any of these layers is meant."""
         return any(
-            self.part in (None, target.part)
+            target.part in self.parts
             and (any(name in target.inside for name in self.classes) or matches_any(self.patterns, target))
             for target in targets
         )
@@ -91,7 +92,7 @@ PRESETS: Mapping[str, Callable[[ModelFamily], Preset]] = {
     ),
     "full-lin": lambda family: Preset(
         classes=family.text_encoder_targets + family.denoiser_targets + family.denoiser_conv_targets,
-        patterns=(r"^unet\.time_embedding\.linear_[12]$",),
+        patterns=(rf"^unet\.{_EMBEDDINGS}$",),
     ),
     "unet-only": lambda family: Preset(
         classes=family.denoiser_targets + family.denoiser_conv_targets, patterns=(_OUTSIDE_BLOCKS,), convolutions=True
@@ -101,7 +102,7 @@ PRESETS: Mapping[str, Callable[[ModelFamily], Preset]] = {
         classes=family.denoiser_conv_targets, patterns=(r"^unet\.conv_(in|out)$",), convolutions=True
     ),
     "ia3": lambda family: Preset(
-        patterns=(r"^unet\..*\.(to_k|to_v|ff\.net\.2)$", r"^text_encoder\..*\.(k_proj|v_proj|mlp\.fc2)$"),
+        patterns=(r"^unet\..*\.(to_k|to_v|ff\.net\.2)$", r"^text_encoder(_2)?\..*\.(k_proj|v_proj|mlp\.fc2)$"),
         rules=(Rule(pattern=r"\.(ff\.net\.2|mlp\.fc2)$", where="preset", defaults={"train_on_input": True}),),
     ),
 }
@@ -124,8 +125,14 @@ _RULE_PARSERS: Mapping[str, Parser] = {
     "dim": arguments.rank_or_none,
     "alpha": arguments.not_negative,
 }
-_EITHER = "(unet|text_encoder)"
-_PARTS: Mapping[str, Part] = {"unet": "denoiser", "text_encoder": "text_encoder"}
+_UNET, _TEXT_ENCODER = "unet", r"text_encoder(?:_2)?"
+_EITHER = f"(?:{_UNET}|{_TEXT_ENCODER})"
+_PARTS: Mapping[str, tuple[Part, ...]] = {
+    _UNET: (DENOISER,),
+    _TEXT_ENCODER: TEXT_ENCODERS,
+    _EITHER: (*TEXT_ENCODERS, DENOISER),
+}
+"""Pattern of what stands before a path -> the parts that it stands for."""
 
 
 def find_preset(name: str, family: ModelFamily) -> Preset:
@@ -155,7 +162,7 @@ def _preset_of_file(content: Mapping[str, Any], path: str) -> Preset:
     def entry(key: str, name: str, part: str) -> Entry | None:
         place = f"{where}, {key}"
         pattern = attempt(lambda: _anchored(name, part, globs=globs, where=place), problems)
-        return None if pattern is None else Entry(where=place, names=(name,), patterns=(pattern,), part=_PARTS.get(part))
+        return None if pattern is None else Entry(where=place, names=(name,), patterns=(pattern,), parts=_PARTS[part])
 
     def listed(key: str, part: str) -> tuple[Entry, ...]:
         entries = [entry(key, name, part) for name in content.get(key, [])]
@@ -163,13 +170,13 @@ def _preset_of_file(content: Mapping[str, Any], path: str) -> Preset:
 
     def classes(key: str, part: str) -> tuple[Entry, ...]:
         names = tuple(content.get(key, ()))
-        return (Entry(where=f"{where}, {key}", names=names, classes=names, part=_PARTS[part]),) if names else ()
+        return (Entry(where=f"{where}, {key}", names=names, classes=names, parts=_PARTS[part]),) if names else ()
 
     chosen = (
-        *classes("unet_target_module", "unet"),
-        *classes("text_encoder_target_module", "text_encoder"),
-        *listed("unet_target_name", "unet"),
-        *listed("text_encoder_target_name", "text_encoder"),
+        *classes("unet_target_module", _UNET),
+        *classes("text_encoder_target_module", _TEXT_ENCODER),
+        *listed("unet_target_name", _UNET),
+        *listed("text_encoder_target_name", _TEXT_ENCODER),
     )
     left_out = listed("exclude_name", _EITHER)
     ruled: list[tuple[Entry, Any]] = [

@@ -1,7 +1,7 @@
 """Settings of layers by pattern.
 
 A pattern is a regular expression that is looked for in a module's path behind its part ("unet.down_blocks.1...attn2.to_k",
-"text_encoder.encoder.layers.0...q_proj"), or in its saved name.
+"text_encoder.encoder.layers.0...q_proj", "text_encoder_2.encoder...", without a level `text_model`), or in its saved name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from networks.building.targets import Target
+from networks.formats.layer_names import TEXT_LEVEL
+from networks.formats.peft_metadata import COMPONENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def matches_any(patterns: Iterable[str], target: Target) -> bool:
 
 def full_path(target: Target) -> str:
     """The module's path behind its part: "unet.mid_block.attentions.0.proj_in"."""
-    return f"{'unet' if target.part == 'denoiser' else 'text_encoder'}.{target.path}"
+    return f"{COMPONENTS[target.part]}.{target.path.removeprefix(TEXT_LEVEL)}"
 
 
 def first_setting(rules: Iterable[Rule], target: Target, setting: str) -> Any:

@@ -13,7 +13,7 @@ from library.errors import UserError, near_names, raise_all, some_names
 from library.families.family import ModelFamily
 from networks.building.presets import Entry, Preset, find_preset
 from networks.building.rules import Rule, full_path, matches, matches_any
-from networks.building.targets import Target
+from networks.building.targets import DENOISER, Target
 from networks.core import arguments
 from networks.core.algorithms import algorithm
 from networks.core.arguments import Parser
@@ -79,8 +79,8 @@ class Selection:
     def _check_patterns(self, layers: Sequence[Target], of_preset: Sequence[Target]) -> None:
         taken = [*of_preset, *(target for target in layers if matches_any(self.include, target))]
         of_file = _naming_nothing(self.preset.settings, taken)
-        if len({target.part for target in layers}) == 1:
-            # What names nothing may be about the part that is not there.
+        if len({target.part == DENOISER for target in layers}) == 1:
+            # What names nothing may be about the side that is not there.
             for problem in of_file:
                 logger.warning("%s", problem)
             of_file = []
@@ -117,7 +117,7 @@ def _naming_nothing(entries: Iterable[Entry], targets: Sequence[Target]) -> list
             ),
         )
         for entry in entries
-        if (entry.part is None or entry.part in parts) and not entry.names_any(targets)
+        if not parts.isdisjoint(entry.parts) and not entry.names_any(targets)
     ]
 
 

@@ -12,10 +12,10 @@ from networks.core.adapter import Adapter
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
-    """One part, or one block of the U-Net.
+    """One text encoder, or one block of the U-Net.
 
     Attributes:
-        block: place among the block values; None for the text encoder.
+        block: place among the block values; None for text encoders.
         modules: number of adapters.
         variants: the forms of algorithms that occur.
         ranks, alphas: the different ones that occur, in rising order; of the algorithms that have them.
@@ -36,7 +36,7 @@ class GroupSummary:
 def summarise(
     adapters: Iterable[tuple[Target, Adapter]], rates: Mapping[Part, float | None], factors: RateFactors
 ) -> list[GroupSummary]:
-    """One row for the text encoder and one for each block that has adapters."""
+    """One row for each text encoder and one for each block that has adapters."""
     members: dict[tuple[Part, int | None], list[tuple[Adapter, float | None]]] = {}
     for target, adapter in adapters:
         members.setdefault((target.part, target.block), []).append((adapter, factors.rate_of(target, rates)))

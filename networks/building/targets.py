@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from library.errors import UserError
 from library.families.detect import family_of_configs
 from library.families.family import ModelFamily
 from networks.core.adapter import LayerSpec
 from networks.formats.keys import saved_name
+from networks.formats.layer_names import DENOISER as DENOISER
+from networks.formats.layer_names import TEXT_ENCODERS as TEXT_ENCODERS
 from networks.formats.layer_names import Part as Part
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
@@ -24,7 +27,7 @@ class Target:
     """One layer that may get an adapter.
 
     Attributes:
-        name: saved layer name ("lora_unet_mid_block_attentions_0_proj_in").
+        name: saved layer name ("lora_unet_mid_block_attentions_0_proj_in"), in the family's wording.
         path: of the module in its model ("mid_block.attentions.0.proj_in"), which patterns are matched with.
         part: which part of the model it belongs to.
         inside: class names of the modules around it, outermost first, and of the layer itself.
@@ -50,9 +53,18 @@ def text_encoder_list(text_encoder: nn.Module | Sequence[nn.Module] | None) -> l
 
 
 def family_of_models(text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module | None) -> ModelFamily:
-    """The family of models in hand, by their configurations."""
-    encoders = [encoder for encoder in text_encoder_list(text_encoder) if hasattr(encoder, "config")]
-    return family_of_configs(dict(getattr(unet, "config", {})), [encoder.config.to_dict() for encoder in encoders])
+    """The family of models in hand, by their configurations.
+
+    Raises:
+        UserError: more text encoders than the U-Net's family has.
+    """
+    encoders = text_encoder_list(text_encoder)
+    configs = [encoder.config.to_dict() for encoder in encoders if hasattr(encoder, "config")]
+    family = family_of_configs(dict(getattr(unet, "config", {})), configs)
+    if len(encoders) > len(family.text_encoders):
+        what = f"{len(encoders)} text encoders given with a U-Net of {family.title}"
+        raise UserError(what, remedy="give the models of one base model")
+    return family
 
 
 def model_layers(
@@ -61,10 +73,10 @@ def model_layers(
     """Every layer that an adapter can be put on, text encoders first, in the order of the models' modules."""
     targets: list[Target] = []
     encoders = text_encoder_list(text_encoder)
-    for prefix, encoder in zip(family.text_encoder_prefixes, encoders, strict=False):
-        targets += _in_model(encoder, prefix, "text_encoder", family)
+    for part, prefix, encoder in zip(TEXT_ENCODERS, family.text_encoder_prefixes, encoders, strict=False):
+        targets += _in_model(encoder, prefix, part, family)
     if unet is not None:
-        targets += _in_model(unet, family.denoiser_prefix, "denoiser", family)
+        targets += _in_model(unet, family.denoiser_prefix, DENOISER, family)
     return targets
 
 
@@ -74,8 +86,8 @@ def _in_model(model: nn.Module, prefix: str, part: Part, family: ModelFamily) ->
             spec = LayerSpec.of(layer)
         except TypeError:
             continue
-        name = saved_name(prefix, path)
-        block = family.block_index(name) if part == "denoiser" else None
+        name = saved_name(prefix, path, family)
+        block = family.block_index(name) if part == DENOISER else None
         yield Target(name=name, path=path, part=part, inside=inside, block=block, layer=layer, spec=spec)
 
 

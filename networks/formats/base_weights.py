@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from library.checkpoints.parts import TEXT_ENCODER, UNET
+from library.checkpoints.parts import UNET
 from library.errors import UserError
 from networks.core.adapter import LayerSpec
-from networks.formats.layer_names import layer_names
+from networks.formats.layer_names import DENOISER, TEXT_LEVEL, layer_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from library.checkpoints.base_model import BaseModelFiles
     from library.checkpoints.parts import TensorSource
     from library.families.family import ModelFamily
-
-_PARTS = {"text_encoder": TEXT_ENCODER, "denoiser": UNET}
-_TEXT_LEVEL = "text_model."  # which transformers' modules have, or have not
 
 
 class BaseWeights:
@@ -72,9 +69,9 @@ class BaseWeights:
         found = layer_names(self.model.family).find(name)
         if found is None:
             return None
-        kind = _PARTS[found.part]
+        kind = UNET if found.part == DENOISER else found.part
         path = f"{found.path}.{tensor}"
-        names = [each for each in (path, path.removeprefix(_TEXT_LEVEL)) if each in self.model.parts[kind].sources]
+        names = [each for each in (path, path.removeprefix(TEXT_LEVEL)) if each in self.model.parts[kind].sources]
         return (kind, names[0]) if names else None
 
     def _source(self, name: str, tensor: str) -> TensorSource | None:

@@ -15,7 +15,8 @@ from networks.core.adapter import Adapter, LayerSpec
 from networks.core.algorithms import algorithm, algorithm_of
 from networks.formats.files import adapter_metadata, unknown_tensors
 from networks.formats.keys import ignored_keys, kohya_key, split_key, to_kohya
-from networks.formats.traits import holds_adapter, is_old_glora
+from networks.formats.layer_names import layer_names
+from networks.formats.traits import PROJECTION, WIDE_LAYER, holds_adapter, is_old_glora
 
 if TYPE_CHECKING:
     from library.checkpoints.tensor_places import TensorFile
@@ -119,9 +120,7 @@ def adapter_of_layer(name: str, tensors: LayerTensors, spec: LayerSpec) -> Adapt
     return algorithm(found).adapter.from_tensors(spec, tensors)
 
 
-_WIDE = re.compile(r"(_conv1|_conv2|_conv_in|_conv_out|samplers_\d+_conv)$")
-_POINTWISE = re.compile(r"_conv_shortcut$")
-_PROJECTION = re.compile(r"_attentions_\d+_proj_(in|out)$")
+_POINTWISE = re.compile(r"conv_shortcut$")
 _SIDE = 3  # of the kernels of all layers that have one
 
 
@@ -134,11 +133,12 @@ def spec_of_tensors(name: str, tensors: LayerTensors, family: ModelFamily) -> La
     shape = _shape_by_factors(shapes)
     if shape is None:
         return None
-    if len(shape) == 2 and _WIDE.search(name) and shape[1] % _SIDE**2 == 0:
+    path = layer_names(family).path(name)
+    if len(shape) == 2 and WIDE_LAYER.search(path) and shape[1] % _SIDE**2 == 0:
         shape = (shape[0], shape[1] // _SIDE**2, _SIDE, _SIDE)
-    elif len(shape) > 1 and _PROJECTION.search(name):
+    elif len(shape) > 1 and PROJECTION.search(path):
         shape = shape[:2] if family.linear_projections else (*shape[:2], 1, 1)
-    elif len(shape) == 2 and _POINTWISE.search(name):
+    elif len(shape) == 2 and _POINTWISE.search(path):
         shape = (*shape, 1, 1)
     return LayerSpec(weight_shape=shape, has_bias="diff_b" in tensors or "b_norm" in tensors)
 

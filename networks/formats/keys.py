@@ -1,7 +1,8 @@
 """How adapter files name layers and tensors: other layouts' names to ours, and ours to theirs.
 
-Ours is kohya's: `<prefix>_<module path with underscores>.<tensor>`, where text-encoder paths begin with `text_model`,
-whether or not the installed transformers has that level (5.6 and later do not). Layers of every layout are known by
+Ours is kohya's: `<prefix>_<layer's path with underscores>.<tensor>`, where the path is in the family's wording, and those of
+text encoders begin with `text_model`, whether or not the installed transformers has that level (5.6 and later do not have
+it in `CLIPTextModel`). Layers of every layout are known by
 `layer_names`; here are the tensors within them.
 """
 
@@ -16,27 +17,27 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.families.family import ModelFamily
-from networks.formats.layer_names import LayerName, LayerNames, layer_names
+from networks.formats.layer_names import TEXT_ENCODERS, LayerName, LayerNames, layer_names
 from networks.formats.peft_metadata import COMPONENTS, PeftLayer, PeftScales, peft_metadata
 
 T = TypeVar("T")
-
-_TEXT_ENCODER_MODULES = ("encoder.", "embeddings.", "final_layer_norm")
 
 # The words that the name of a tensor within a layer begins with; layers have no such names.
 _WORDS = "lora|hada|lokr|oft|boft|ia3|diff|magnitude|dora_scale|alpha|w_norm|b_norm|on_input"
 _KEY = re.compile(rf"(.*?)\.((?:{_WORDS})(?:[._][\w.]*)?)")
 
 
-def saved_name(prefix: str, path: str) -> str:
-    """The saved name of a layer.
+def saved_name(prefix: str, path: str, family: ModelFamily) -> str:
+    """The saved name of a layer, from its module's path.
 
-    >>> saved_name("lora_te", "encoder.layers.0.mlp.fc1")
+    >>> saved_name("lora_te", "encoder.layers.0.mlp.fc1", SD1)
     'lora_te_text_model_encoder_layers_0_mlp_fc1'
+    >>> saved_name("lora_unet", "down_blocks.1.attentions.0.proj_in", SDXL)
+    'lora_unet_input_blocks_4_1_proj_in'
     """
-    if path.startswith(_TEXT_ENCODER_MODULES):
-        path = f"text_model.{path}"
-    return f"{prefix}_{path.replace('.', '_')}"
+    name = f"{prefix}_{path.replace('.', '_')}"
+    found = layer_names(family).find(name)
+    return name if found is None else found.saved
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -236,7 +237,7 @@ def to_peft(tensors: Mapping[str, Tensor], family: ModelFamily) -> tuple[dict[st
                 raise UserError(f"{layer} has DoRA magnitudes along its inputs, which PEFT's layout has not")
             shape = (-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2))
             # transformers, which loads the text encoder's, looks for the parameter's name; PEFT leaves it out.
-            ending = ".weight" if found.part == "text_encoder" else ""
+            ending = ".weight" if found.part in TEXT_ENCODERS else ""
             result[f"{name}.lora_magnitude_vector{ending}"] = magnitude.reshape(shape)
         alpha = float(own["alpha"]) if "alpha" in own else float(len(down))
         layers.append(PeftLayer(name=found, rank=len(down), alpha=alpha or len(down), decomposed=magnitude is not None))

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import UserError
-from networks.formats.layer_names import LayerName, Part
+from networks.formats.layer_names import DENOISER, TEXT_ENCODERS, TEXT_LEVEL, LayerName, Part
 
 METADATA_KEY = "lora_adapter_metadata"
-"""Of diffusers' files; its value is JSON, with `unet.` and `text_encoder.` before the names of PEFT's settings."""
+"""Of diffusers' files; its value is JSON, with a part (`unet.`, `text_encoder.`, ...) before names of PEFT's settings."""
 
-COMPONENTS: Mapping[Part, str] = {"text_encoder": "text_encoder", "denoiser": "unet"}
+COMPONENTS: Mapping[Part, str] = {**{part: part for part in TEXT_ENCODERS}, DENOISER: "unet"}
 """Part -> what diffusers' layout calls it."""
 
 
@@ -115,7 +115,7 @@ def _settings(layers: list[PeftLayer]) -> dict[str, Any]:
     rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers).most_common(1)[0][0]
     # Without their first level, text-encoder paths fit models of every version of transformers.
-    paths = {id(layer): layer.name.path.removeprefix("text_model.") for layer in layers}
+    paths = {id(layer): layer.name.path.removeprefix(TEXT_LEVEL) for layer in layers}
     return {
         "peft_type": "LORA",
         "r": rank,

@@ -31,6 +31,7 @@ def _all(verdict: Verdict, *traits: Trait) -> dict[Trait, Verdict]:
 _NOT_OF_LAYERS = (
     Trait.ORIGINAL_NAME,
     Trait.FIRST_OF_TWO_NAME,
+    Trait.ONLY_ONE_NAME,
     Trait.PEFT_NAME,
     Trait.PEFT_ATTENTION_NAME,
     Trait.OLD_DIFFUSERS_NAME,
@@ -111,6 +112,10 @@ A1111 = Reader(
         **_all(
             _dropped(),
             Trait.FINAL_NORM,
+            Trait.DIFFUSERS_UPSAMPLER,
+            Trait.DIFFUSERS_SIZES,
+            Trait.ONLY_ONE_NAME,
+            Trait.TEXT_PROJECTION,
             Trait.PEFT_NAME,
             Trait.PEFT_ATTENTION_NAME,
             Trait.OLD_DIFFUSERS_NAME,
@@ -191,6 +196,7 @@ DIFFUSERS = Reader(
         **_all(
             _dropped(),
             Trait.ORIGINAL_NAME,
+            Trait.DIFFUSERS_SIZES,
             Trait.BARE_NAME,
             Trait.COMFY_NAME,
             Trait.COMFY_TEXT_NAME,
@@ -204,6 +210,7 @@ DIFFUSERS = Reader(
     },
     rules=(
         rules.kohya_or_peft,
+        rules.one_wording,
         rules.text_encoder_by_its_outputs,
         rules.one_alpha_for_each_part,
         rules.text_magnitudes_by_name,
@@ -272,6 +279,7 @@ INVOKEAI = Reader(
             Trait.ALPHA_ALONE,
             Trait.FOREIGN,
             Trait.ON_NORM,
+            Trait.ONLY_ONE_NAME,
         ),
         **_all(_refused(_HALF), Trait.ONLY_UP, Trait.ONLY_DOWN),
         Trait.DORA_OUTPUT: _wrong(_INPUT_NORM),
@@ -279,7 +287,7 @@ INVOKEAI = Reader(
         Trait.BIAS_BESIDE: _wrong("the bias is left out"),
         Trait.SCALE: _wrong("it is left out"),
     },
-    rules=(rules.base_by_one_width,),
+    rules=(rules.base_by_one_width, rules.all_one_wording),
     wants_width=True,
 )
 
@@ -291,6 +299,7 @@ SDNEXT = Reader(
         **_all(
             _dropped(),
             Trait.FIRST_OF_TWO_NAME,
+            Trait.ONLY_ONE_NAME,
             Trait.PEFT_NAME,
             Trait.PEFT_ATTENTION_NAME,
             Trait.OLD_DIFFUSERS_NAME,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from library.families.family import ModelFamily
+from library.families.family import LayerWording, ModelFamily
 from networks.formats.layer_names import layer_names
 from networks.formats.peft_metadata import PeftScales
 
@@ -28,11 +28,15 @@ class Trait(StrEnum):
     # How the layer is named
     KOHYA_NAME = "kohya's names"
     ORIGINAL_NAME = "names of the original Stable Diffusion layout"
+    DIFFUSERS_NAME = "diffusers' names where kohya writes the original ones"
+    DIFFUSERS_UPSAMPLER = "diffusers' name of the first upsampler"
+    DIFFUSERS_SIZES = "add_embedding"
     FIRST_OF_TWO_NAME = "lora_te1_ names for the only text encoder"
+    ONLY_ONE_NAME = "lora_te_ names where there are two text encoders"
     PEFT_NAME = "PEFT's names"
     PEFT_ATTENTION_NAME = "PEFT's names of attention layers"
     OLD_DIFFUSERS_NAME = "names of old diffusers (processor.to_q_lora)"
-    DOTTED_TEXT_NAME = "text_encoder. names"
+    DOTTED_TEXT_NAME = "text_encoder. or text_encoder_2. names"
     BARE_NAME = "module names without a prefix"
     COMFY_NAME = "diffusion_model. names"
     COMFY_TEXT_NAME = "text_encoders. names"
@@ -46,6 +50,7 @@ class Trait(StrEnum):
     STRANGE_LAYER = "layers that the models have not"
     FINAL_NORM = "conv_norm_out"
     TEXT_NORM = "a norm in the text encoder"
+    TEXT_PROJECTION = "text_projection"
     # What it is made of
     MISFIT = "tensors that do not go together"
     LORA = "LoRA"
@@ -189,8 +194,8 @@ def file_layers(header: Header) -> dict[str, FileLayer]:
     for name, of_layer in keys.items():
         shapes = {tensor: tuple(header.shapes[key]) for tensor, key in of_layer.items()}
         scalars = {tensor: header.scalars[key] for tensor, key in of_layer.items() if key in header.scalars}
-        of_name = name_trait(name)
-        if of_name is Trait.KOHYA_NAME and layer_names(header.family).find(name) is None:
+        of_name = name_trait(name, header.family)
+        if of_name in (Trait.KOHYA_NAME, Trait.DIFFUSERS_NAME) and layer_names(header.family).find(name) is None:
             of_name = Trait.STRANGE_LAYER
         content = [] if of_name is Trait.EMBEDDING else list(_made_of(name, shapes, scalars, header.family))
         if scales and _is_scaled(name, shapes, scales, header.family):
@@ -220,12 +225,25 @@ def _algorithm_of(tensors: Container[str]) -> Trait:
     return next((trait for needed, trait in _ALGORITHMS if all(each in tensors for each in needed)), Trait.FOREIGN)
 
 
-_NAMES: tuple[tuple[str, Trait], ...] = (  # the first pattern that a layer's name matches
-    (r"lora_unet_(input_blocks|output_blocks|middle_block|time_embed_\d|label_emb|out_\d)", Trait.ORIGINAL_NAME),
-    (r"lora_unet_conv_norm_out$", Trait.FINAL_NORM),
+_ORIGINAL = r"(input_blocks|output_blocks|middle_block|time_embed_\d|label_emb|out_\d)"
+_DENOISER_NAMES: Mapping[LayerWording, tuple[tuple[str, Trait], ...]] = {
+    "diffusers": (
+        (rf"lora_unet_{_ORIGINAL}", Trait.ORIGINAL_NAME),
+        (r"lora_unet_conv_norm_out$", Trait.FINAL_NORM),
+        (r"lora_unet_", Trait.KOHYA_NAME),
+    ),
+    "original": (
+        (rf"lora_unet_{_ORIGINAL}", Trait.KOHYA_NAME),
+        (r"lora_unet_conv_norm_out$", Trait.FINAL_NORM),
+        (r"lora_unet_up_blocks_0_upsamplers_0_conv$", Trait.DIFFUSERS_UPSAMPLER),
+        (r"lora_unet_add_embedding", Trait.DIFFUSERS_SIZES),
+        (r"lora_unet_", Trait.DIFFUSERS_NAME),
+    ),
+}
+"""Whose names the family's adapters are saved under -> the first pattern that a layer's name matches."""
+_NAMES: tuple[tuple[str, Trait], ...] = (  # likewise
     (r"lora_te\d?_.*layer_norm\d?$", Trait.TEXT_NORM),
-    (r"lora_te1_", Trait.FIRST_OF_TWO_NAME),
-    (r"lora_(unet|te)_", Trait.KOHYA_NAME),
+    (r"lora_te2_text_projection$", Trait.TEXT_PROJECTION),
     (r"lycoris_", Trait.LYCORIS_NAME),
     (r"oft_unet_(input_blocks|output_blocks|middle_block)", Trait.OFT_ORIGINAL_NAME),
     (r"oft_unet_", Trait.OFT_NAME),
@@ -233,18 +251,27 @@ _NAMES: tuple[tuple[str, Trait], ...] = (  # the first pattern that a layer's na
     (r"base_model\.model\.", Trait.BASE_MODEL_NAME),
     (r"diffusion_model\.", Trait.COMFY_NAME),
     (r"text_encoders\.", Trait.COMFY_TEXT_NAME),
-    (r"text_encoder\.", Trait.DOTTED_TEXT_NAME),
+    (r"text_encoder(_2)?\.", Trait.DOTTED_TEXT_NAME),
     (r"(unet\.)?.*\.processor\.to_\w+_lora$", Trait.OLD_DIFFUSERS_NAME),
     (r"unet\..*\.(to_[qkv]|to_out\.0)$", Trait.PEFT_ATTENTION_NAME),
     (r"unet\.", Trait.PEFT_NAME),
     (r"clip_[lg]\.", Trait.OMI_NAME),
-    (r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\.", Trait.BARE_NAME),
+    (r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", Trait.BARE_NAME),
 )
+_TEXT_NAMES = (("lora_te_", Trait.ONLY_ONE_NAME), ("lora_te1_", Trait.FIRST_OF_TWO_NAME), ("lora_te2_", Trait.UNKNOWN_NAME))
+"""Beginnings of kohya's names, and what those are that the family has not."""
 
 
-def name_trait(name: str) -> Trait:
+def name_trait(name: str, family: ModelFamily) -> Trait:
     """Which layout a layer's name is of."""
-    return next((trait for pattern, trait in _NAMES if re.match(pattern, name)), Trait.UNKNOWN_NAME)
+    patterns = (*_DENOISER_NAMES[family.denoiser_wording], *_NAMES)
+    found = next((trait for pattern, trait in patterns if re.match(pattern, name)), None)
+    if found is not None:
+        return found
+    of_text = next(((beginning, other) for beginning, other in _TEXT_NAMES if name.startswith(beginning)), None)
+    if of_text is None:
+        return Trait.UNKNOWN_NAME
+    return Trait.KOHYA_NAME if of_text[0].removesuffix("_") in family.text_encoder_prefixes else of_text[1]
 
 
 _ALGORITHMS: tuple[tuple[tuple[str, ...], Trait], ...] = (  # the first whose tensors a layer has all
@@ -273,8 +300,10 @@ _OWN_TENSORS = re.compile(
     r"|oft_(diag|blocks)|rescale|[ab][12]\.weight|lora_magnitude_vector|scale|bias_(indices|values|size)"
 )
 _WITH_ALPHA = {Trait.LORA, Trait.TUCKER, Trait.LOHA, Trait.LOKR, Trait.LOKR_TUCKER, Trait.GLORA}
-_WIDE_LAYER = re.compile(r"(conv1|conv2|conv_in|conv_out|conv_shortcut|samplers[._]\d+[._]conv)$")
-_PROJECTION = re.compile(r"[._]proj_(in|out)$")
+WIDE_LAYER = re.compile(r"(conv1|conv2|conv_in|conv_out|samplers\.\d+\.conv)$")
+PROJECTION = re.compile(r"attentions\.\d+\.proj_(in|out)$")
+"""Paths of layers with a kernel, and of those that are a matrix in one family and a convolution in another."""
+_CONVOLUTION = re.compile(rf"{WIDE_LAYER.pattern}|conv_shortcut$")
 _NORM_LAYER = re.compile(r"norm\d?$|conv_norm_out$")
 
 
@@ -307,7 +336,7 @@ def _made_of(name: str, shapes: Mapping[str, Shape], scalars: Mapping[str, float
         Trait.SCALE: "scale" in shapes,
         Trait.SPARSE_RESIDUE: "bias_indices" in shapes,
         Trait.EXTRA: found is not Trait.FOREIGN and not all(_OWN_TENSORS.fullmatch(tensor) for tensor in shapes),
-        Trait.ON_NORM: found is Trait.LORA and bool(_NORM_LAYER.search(name)),
+        Trait.ON_NORM: found is Trait.LORA and bool(_NORM_LAYER.search(layer_names(family).path(name))),
     }
     yield from (trait for trait, holds in unusual.items() if holds)
     if found is Trait.LORA:
@@ -328,10 +357,11 @@ def _dora_traits(found: Trait, shapes: Mapping[str, Shape]) -> Iterator[Trait]:
 
 def _shape_traits(name: str, axes: int, family: ModelFamily) -> Iterator[Trait]:
     """Factors whose axes are not those of the layer in diffusers."""
-    if _WIDE_LAYER.search(name):
+    path = layer_names(family).path(name)
+    if _CONVOLUTION.search(path):
         if axes == 2:
             yield Trait.FLAT_KERNEL
-    elif _PROJECTION.search(name) and "attentions" in name and (axes == 2) is not family.linear_projections:
+    elif PROJECTION.search(path) and (axes == 2) is not family.linear_projections:
         yield Trait.OTHER_PROJECTION
 
 

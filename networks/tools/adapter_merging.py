@@ -289,15 +289,15 @@ def _metadata(sources: Sequence[Source], layers: Mapping[str, LayerTensors], opt
     family, headers = sources[0].family, [source.file.metadata for source in sources]
     version = next((each["ss_base_model_version"] for each in headers if each.get("ss_base_model_version")), None)
     said = [read_modelspec(each).get("prediction_type") for each in headers]
-    prediction = next((kind for kind, name in family.base_model_versions.items() if name == version), EPSILON)
-    if version is None and "v" in said:
-        prediction = next(kind for kind in family.base_model_versions if kind != EPSILON)
+    versions = family.base_model_versions
+    kinds = [kind for kind, name in versions.items() if name == version] or list(versions)
+    prediction = next((kind for kind in kinds if kind != EPSILON and "v" in said), kinds[0])
     lora = {name: tensors for name, tensors in layers.items() if DOWN in tensors}
     wide = {name: tensors for name, tensors in lora.items() if tensors[DOWN].shape[2:].numel() > 1}
     plain = {name: tensors for name, tensors in lora.items() if name not in wide} or wide
     written = {
         "ss_v2": str(family.is_v2),
-        "ss_base_model_version": version or family.base_model_versions[prediction],
+        "ss_base_model_version": version or versions[prediction],
         "ss_network_module": "networks.lora" if lora else "networks.full",
         "ss_training_comment": f"merged from {', '.join(source.given.path.name for source in sources)}",
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.checkpoints.parts import PART_TITLES
 from library.errors import counted, some_names
 from library.families.family import ModelFamily
 from library.tables import table
@@ -21,7 +22,7 @@ from networks.core.algorithms import algorithm_of
 from networks.core.products import effective_rank
 from networks.formats.file_adapters import adapter_of_layer, spec_of_tensors, stream_layers
 from networks.formats.files import unknown_tensors
-from networks.formats.layer_names import layer_names
+from networks.formats.layer_names import TEXT_ENCODERS, layer_names
 from networks.formats.readers import readers_sentence, readings
 from networks.formats.reading import Effect, Reading
 from networks.formats.traits import Trait, file_layers, is_scalar, read_header, split_any_key
@@ -78,7 +79,7 @@ class LayerMeasure:
 
     Attributes:
         name: ours.
-        place: "text encoder", "block 7", or "elsewhere" for a layer that the models have not.
+        place: "text encoder", "second text encoder", "block 7", or "elsewhere" for a layer that the models have not.
         algorithm: its title ("LoHa", "DoRA on LoRA").
         rank: 0 where the algorithm has none.
         alpha: as the file says it; None where it does not.
@@ -156,10 +157,10 @@ def _place(name: str, family: ModelFamily) -> str:
     found = layer_names(family).find(name)
     if found is None:
         return "elsewhere"
-    block = family.block_index(name) if found.part == "denoiser" else None
-    if block is None:
-        return "text encoder" if found.part == "text_encoder" else "U-Net's ends"
-    return f"block {block}"
+    if found.part in TEXT_ENCODERS:
+        return PART_TITLES[found.part]
+    block = family.block_index(found.saved)
+    return "U-Net's ends" if block is None else f"block {block}"
 
 
 def _algorithm_by_name(tensors: Mapping[str, Tensor]) -> str:
@@ -232,14 +233,18 @@ _TITLES = ("place", "layers", "algorithm", "rank", "alpha", "norm", "effective r
 
 
 def _by_place(measures: Sequence[LayerMeasure]) -> list[list[LayerMeasure]]:
-    """Groups of one place each: text encoder, blocks in order, the rest."""
+    """Groups of one place each: text encoders, blocks in order, the rest."""
     groups: dict[str, list[LayerMeasure]] = {}
     for measure in measures:
         groups.setdefault(measure.place, []).append(measure)
 
+    encoders = [PART_TITLES[part] for part in TEXT_ENCODERS]
+
     def order(place: str) -> tuple[int, int]:
-        first, _, number = place.partition("block ")
-        return (1, int(number)) if number else (0 if first == "text encoder" else 2, 0)
+        number = place.partition("block ")[2]
+        if number:
+            return 1, int(number)
+        return (0, encoders.index(place)) if place in encoders else (2, 0)
 
     return [groups[place] for place in sorted(groups, key=order)]
 

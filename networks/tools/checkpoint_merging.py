@@ -20,7 +20,7 @@ from library.checkpoints.atomic import check_writable, unfinished
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
 from library.checkpoints.model_writing import config_metadata, counters_of, plan_single_file, write_folder
-from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, UNET
+from library.checkpoints.parts import PART_TITLES
 from library.checkpoints.tensor_writing import with_progress, write_tensors, write_torch_file
 from library.errors import UserError, counted
 from library.families.family import ModelFamily
@@ -296,15 +296,17 @@ def _lines(
     report: CheckpointReport, sources: Sequence[Source], model: BaseModelFiles, options: CheckpointMerge
 ) -> list[str]:
     """What was done to each part, how large it was and how much of it rounding lost; a last line about the file."""
-    lines = [f"{'part':14}{'layers':>8}{'tensors':>9}{'change / weights':>18}{'lost by rounding':>18}"]
-    groups = {PART_TITLES[kind]: [each for (part, _), each in report.altered.items() if part == kind] for kind in _PARTS}
+    parts = [kind for kind in model.parts if kind in model.family.adapter_prefixes]
+    wide = 2 + max(len(PART_TITLES[kind]) for kind in parts)
+    lines = [f"{'part':{wide}}{'layers':>8}{'tensors':>9}{'change / weights':>18}{'lost by rounding':>18}"]
+    groups = {PART_TITLES[kind]: [each for (part, _), each in report.altered.items() if part == kind] for kind in parts}
     for title, altered in {**groups, "total": list(report.altered.values())}.items():
         layers = len({each.layer for each in altered})
         change = math.sqrt(sum(each.change for each in altered))
         size = math.sqrt(sum(each.base for each in altered))
         lost = math.sqrt(sum(each.lost for each in altered))
         shares = f"{change / size if size else 0:18.2e}{lost / change if change else 0:18.1e}"
-        lines.append(f"{title:14}{layers:8}{len(altered):9}{shares}")
+        lines.append(f"{title:{wide}}{layers:8}{len(altered):9}{shares}")
     for where, names in report.skipped.items():
         lines.append(f"{where}: {counted(len(names), 'layer')} left out ({', '.join(names)})")
     lines += model.notes()
@@ -349,9 +351,6 @@ def _panels(report: CheckpointReport, family: ModelFamily) -> list[Panel]:
         Bars(title="size of the change of each block", series={"change / weights": shares("change", "base")}),
         Bars(title="what rounding lost of the change", series={"lost / change": shares("lost", "change")}),
     ]
-
-
-_PARTS = (UNET, TEXT_ENCODER)
 
 
 def _ratio(source: Source) -> str:

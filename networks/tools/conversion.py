@@ -6,6 +6,7 @@ Every layer is converted on its own, so that no more than one base weight is in 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -272,9 +273,6 @@ def with_whole_attention(layers: Mapping[str, LayerTensors]) -> dict[str, LayerT
     return result
 
 
-_SHOWS_WIDTH = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-
-
 def with_width_shown(
     layers: Mapping[str, LayerTensors], family: ModelFamily, rank: int | None, base: BaseWeights | None
 ) -> dict[str, LayerTensors]:
@@ -284,12 +282,17 @@ def with_width_shown(
     Raises:
         UserError: see `SourceLayer.delta`.
     """
-    if _SHOWS_WIDTH in layers:
-        layer = SourceLayer.read(_SHOWS_WIDTH, layers[_SHOWS_WIDTH], family, base)
-        return {**layers, _SHOWS_WIDTH: as_lora(layer, rank)}
-    outputs, inputs = family.unet_config["block_out_channels"][0], family.context_width
+    shows = next(layer for layer in layer_names(family) if _TAKES_TEXT.match(layer.path))
+    if shows.saved in layers:
+        layer = SourceLayer.read(shows.saved, layers[shows.saved], family, base)
+        return {**layers, shows.saved: as_lora(layer, rank)}
+    level = int(shows.path.split(".")[1])
+    outputs, inputs = family.unet_config["block_out_channels"][level], family.context_width
     nothing = {DOWN: torch.zeros(1, inputs), UP: torch.zeros(outputs, 1), "alpha": torch.ones(())}
-    return {**layers, _SHOWS_WIDTH: nothing}
+    return {**layers, shows.saved: nothing}
+
+
+_TAKES_TEXT = re.compile(r"down_blocks\..*\.attn2\.to_k$")
 
 
 def lost_and_had(before: SourceLayer, after: SourceLayer) -> tuple[float, float]:

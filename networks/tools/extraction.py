@@ -16,7 +16,7 @@ from torch import Tensor
 
 from library.checkpoints.atomic import check_writable
 from library.checkpoints.metadata import ModelDescription, modelspec_metadata
-from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, VAE
+from library.checkpoints.parts import PART_TITLES, TEXT_CLASSES, UNET, VAE
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import PlannedTensor, write_tensors
 from library.errors import UserError
@@ -30,6 +30,7 @@ from networks.tools.rank_choice import RankRule, decompose, squared_norm
 
 if TYPE_CHECKING:
     from library.checkpoints.base_model import BaseModelFiles
+    from library.families.family import ModelFamily
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -45,11 +46,12 @@ class Extraction:
         rules: "dim" and, where 3x3 convolutions are wanted, "conv_dim" -> how ranks are chosen.
         alpha: of every layer; what it changes is made up for in the factors.
         clamp_quantile: factors are clamped at this quantile of their absolute values; 1 for not at all.
-        min_diff: the text encoder is left out where no weight of its layers differs by more than this.
+        min_diff: the text encoders are left out where no weight of their layers differs by more than this.
         device: where to compute.
         rounded_to: in `DTYPES`, what both models are rounded to first; None for not at all.
         precision: in `DTYPES`, of the file.
-        v2, v_parameterization: what the user says of the models; None where nothing is said.
+        said, v_parameterization: what family the user says the models are of, and what they predict; None where nothing is
+            said.
         with_modelspec: write ModelSpec's fields.
         store_rest: store what LoRA does not hold as differences.
     """
@@ -64,7 +66,7 @@ class Extraction:
     device: str = "cpu"
     rounded_to: str | None = None
     precision: str = "float"
-    v2: bool | None = None
+    said: ModelFamily | None = None
     v_parameterization: bool | None = None
     with_modelspec: bool = True
     store_rest: bool = False
@@ -106,7 +108,7 @@ class Extracted:
         rest: all other tensors that were looked at.
         equal: layers that LoRA could hold, and that are the same in both models.
         stored: tensors of `rest` that the file holds as differences, by part and name.
-        text_difference: the largest absolute one of the text encoder's layers; None where that was left in.
+        text_difference: the largest absolute one of the text encoders' layers; None where that was left in.
         vae_differs: which no adapter holds.
         reader_line: who applies the file rightly.
     """
@@ -132,14 +134,14 @@ def extract(options: Extraction, *, progress: Progress) -> Extracted:
     Raises:
         UserError: models that cannot be used or compared, or are the same; a place that cannot be written to.
     """
-    models = open_pair(options.base, options.tuned, v2=options.v2, v_parameterization=options.v_parameterization)
+    models = open_pair(options.base, options.tuned, said=options.said, v_parameterization=options.v_parameterization)
     check_writable(options.target)
     pairs = tensor_pairs(*models, with_convolutions="conv_dim" in options.rules)
     found = Extracted(options=options, models=models)
     largest = _text_difference(pairs, options)
     if largest <= options.min_diff:
         found.text_difference = largest
-        pairs = [pair for pair in pairs if pair.part != TEXT_ENCODER]
+        pairs = [pair for pair in pairs if pair.part == UNET]
     work = _Measuring(options)
     for done, measured in enumerate(over_cores(work, pairs), start=1):
         _sort_in(found, measured)
@@ -154,11 +156,11 @@ def extract(options: Extraction, *, progress: Progress) -> Extracted:
 
 
 def _text_difference(pairs: list[TensorPair], options: Extraction) -> float:
-    """The largest absolute difference of the text encoder's layers, or the first that is above the limit."""
+    """The largest absolute difference of the text encoders' layers, or the first that is above the limit."""
     dtype = DTYPES[options.rounded_to] if options.rounded_to else None
     largest = 0.0
     for pair in pairs:
-        if pair.part == TEXT_ENCODER and pair.rank_name:
+        if pair.part != UNET and pair.rank_name:
             largest = max(largest, _largest(pair.difference(options.device, dtype)))
             if largest > options.min_diff:
                 break
@@ -360,13 +362,13 @@ def _reader_line(found: Extracted) -> str:
 
 def title_of_place(measured: Measured) -> str:
     """The row of a table that a layer belongs to."""
-    if measured.pair.part == TEXT_ENCODER:
-        return PART_TITLES[TEXT_ENCODER]
+    if measured.pair.part != UNET:
+        return PART_TITLES[measured.pair.part]
     name = measured.pair.name
     place = next((title for beginning, title in _PLACES.items() if name.startswith(beginning)), "other")
     return f"U-Net {place}"
 
 
 _PLACES = {"down_blocks": "in", "mid_block": "mid", "up_blocks": "out"}
-PLACE_TITLES = (PART_TITLES[TEXT_ENCODER], *(f"U-Net {place}" for place in (*_PLACES.values(), "other")))
+PLACE_TITLES = (*(PART_TITLES[part] for part in TEXT_CLASSES), *(f"U-Net {place}" for place in (*_PLACES.values(), "other")))
 """All that `title_of_place` gives, in the order of tables."""

@@ -14,6 +14,7 @@ from networks.tools.plotting import Panel
 from networks.tools.reports import ToolReport
 
 _SHOWN = 3  # layers that a sentence names
+_WIDE = 2 + max(map(len, PLACE_TITLES))
 
 
 def relative(measured: Iterable[Measured]) -> float:
@@ -39,7 +40,7 @@ def _lines(found: Extracted) -> list[str]:
         rows.setdefault(title_of_place(measured), []).append(measured)
     rows = {title: rows[title] for title in sorted(rows, key=PLACE_TITLES.index)} | {"total": list(found.layers.values())}
     told = list(dict.fromkeys(note for model in found.models for note in model.notes()))
-    told += [f"{'part':14}{'layers':>7}  {'ranks':14}{'share of the change':>20}{'relative error':>16}"]
+    told += [f"{'part':{_WIDE}}{'layers':>7}  {'ranks':14}{'share of the change':>20}{'relative error':>16}"]
     told += [_row(title, measured, everything) for title, measured in rows.items()]
     told += _rest_lines(found, everything)
     told += _notes(found)
@@ -55,7 +56,7 @@ def _row(title: str, measured: list[Measured], everything: float) -> str:
     ranks = Counter(one.rank for one in measured)
     shown = f"{min(ranks, default=0)} to {max(ranks, default=0)}" if len(ranks) > 1 else f"{max(ranks, default=0)}"
     share = sum(one.change for one in measured) / everything if everything else 0.0
-    return f"{title:14}{len(measured):7}  {shown:14}{share:20.2%}{relative(measured):16.3g}"
+    return f"{title:{_WIDE}}{len(measured):7}  {shown:14}{share:20.2%}{relative(measured):16.3g}"
 
 
 def _rest_lines(found: Extracted, everything: float) -> list[str]:

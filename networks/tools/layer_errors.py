@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, UNET
+from library.checkpoints.parts import PART_TITLES, UNET
 from library.families.block_weights import PLACES, place_of
 from library.families.family import ModelFamily
 from library.tables import table
 from networks.core.products import svd_of_product
+from networks.formats.layer_names import DENOISER, layer_names
 from networks.tools.plotting import Bars, Curves, Panel
 
 SPECTRUM = 64  # singular values of a layer that reports hold
@@ -51,7 +52,7 @@ def table_of_parts(layers: Mapping[str, Kept], family: ModelFamily) -> list[str]
     Args:
         layers: by our names.
     """
-    parts: dict[str, list[Kept]] = {PART_TITLES[TEXT_ENCODER]: [], PART_TITLES[UNET]: []}
+    parts: dict[str, list[Kept]] = {PART_TITLES[kind]: [] for kind in family.adapter_prefixes}
     for name, kept in layers.items():
         parts[part_of(name, family)].append(kept)
     rows = [_row(title, found) for title, found in {**parts, "total": list(layers.values())}.items() if found]
@@ -72,8 +73,9 @@ def ranks_text(layers: Iterable[Kept]) -> str:
 
 
 def part_of(layer: str, family: ModelFamily) -> str:
-    """ "U-Net" or "text encoder"."""
-    return PART_TITLES[UNET if layer.startswith(family.denoiser_prefix) else TEXT_ENCODER]
+    """ "U-Net", "text encoder" or "second text encoder"; "other" for a layer that the models have not."""
+    found = layer_names(family).find(layer)
+    return _OTHER if found is None else PART_TITLES[UNET if found.part == DENOISER else found.part]
 
 
 def spectrum(up: Tensor, down: Tensor) -> list[float]:
@@ -113,13 +115,15 @@ def spectra_panel(spectra: Mapping[str, Sequence[float]], family: ModelFamily) -
 def shares_by_block(norms: Mapping[str, tuple[float, float]], family: ModelFamily) -> dict[str, float]:
     """Block -> ||a|| / ||b|| over its layers, from norms of a and b of each; blocks in the order of the model.
 
-    Blocks are the places of block weights (`--lbws`), with the text encoder named as such, and "other" for what is outside.
+    Blocks are the places of block weights (`--lbws`), with each text encoder named as such, and "other" for what is outside.
     """
-    blocks: dict[int, list[Kept]] = {}
+    blocks: dict[str, list[Kept]] = {}
     for name, (lost, had) in norms.items():
         place = place_of(name, family)
-        blocks.setdefault(len(PLACES) if place is None else place, []).append(Kept(rank=0, lost=lost, had=had))
-    return {_BLOCKS[place]: relative_error(blocks[place]) for place in sorted(blocks)}
+        block = _OTHER if place is None else PLACES[place] if place else part_of(name, family)
+        blocks.setdefault(block, []).append(Kept(rank=0, lost=lost, had=had))
+    order = (*(PART_TITLES[encoder.part] for encoder in family.text_encoders), *PLACES, _OTHER)
+    return {block: relative_error(blocks[block]) for block in order if block in blocks}
 
 
-_BLOCKS = (PART_TITLES[TEXT_ENCODER], *PLACES[1:], "other")
+_OTHER = "other"

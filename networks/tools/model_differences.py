@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
-from library.checkpoints.parts import PART_TITLES, TEXT_ENCODER, UNET
+from library.checkpoints.parts import PART_TITLES, UNET
 from library.errors import UserError, attempt, raise_all, some_names
 from networks.formats.layer_names import layer_names
 
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from library.checkpoints.parts import TensorSource
     from library.families.family import ModelFamily
 
-PARTS = (TEXT_ENCODER, UNET)
 SHOWN = 3  # tensors that a sentence names
-_ATTENTION = {TEXT_ENCODER: re.compile(r"\.(self_attn|mlp)\."), UNET: re.compile(r"\.attentions\.")}
+_ATTENTION = re.compile(r"\.(self_attn|mlp|attentions)\.")
 _RESIDUAL = re.compile(r"\.(resnets|downsamplers|upsamplers)\.")
 _KINDS = (
     ("embeddings", re.compile(r"^(text_model\.)?embeddings\.")),
@@ -30,6 +29,8 @@ _KINDS = (
     ("biases", re.compile(r"\.bias$")),
     ("conv_in and conv_out", re.compile(r"^conv_(in|out)\.")),
     ("time embedding", re.compile(r"^time_embedding\.")),
+    ("size embedding", re.compile(r"^add_embedding\.")),
+    ("text projection", re.compile(r"^text_projection\.")),
     ("residual blocks and resampling", _RESIDUAL),
 )
 
@@ -116,30 +117,34 @@ def _rounded(values: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def open_pair(
-    base: str, tuned: str, *, v2: bool | None, v_parameterization: bool | None
+    base: str, tuned: str, *, said: ModelFamily | None, v_parameterization: bool | None
 ) -> tuple[BaseModelFiles, BaseModelFiles]:
     """Both models, known from their headers.
 
     Args:
         base, tuned: files, diffusers folders, or ids at the Hub.
-        v2, v_parameterization: what the user says of both; None where nothing is said.
+        said: the family that the user says both are of; None where nothing is said.
+        v_parameterization: what the user says of both; likewise.
 
     Raises:
         UserError: what is wrong with either, or that they are of two families, or have other tensors.
     """
     problems: list[UserError] = []
     models = [
-        attempt(lambda path=path: open_base_model(path, v2=v2, v_parameterization=v_parameterization), problems)  # type: ignore[misc]
+        attempt(lambda path=path: open_base_model(path, v_parameterization=v_parameterization), problems)  # type: ignore[misc]
         for path in (base, tuned)
     ]
     raise_all(problems)
     first, second = models
     assert first is not None
     assert second is not None
+    if said is not None and first.family != said:
+        what = f"--{said.flag} was given, but this is {first.family.title}"
+        raise UserError(what, where=str(first.path), remedy=f"leave out --{said.flag}")
     if first.family != second.family:
         what = f"is {second.family.title}, while {first.path} is {first.family.title}"
         raise UserError(what, where=str(second.path), remedy="give two models of one kind")
-    raise_all([problem for kind in PARTS for problem in _mismatches(kind, first, second)])
+    raise_all([problem for kind in first.family.adapter_prefixes for problem in _mismatches(kind, first, second)])
     return first, second
 
 
@@ -160,14 +165,14 @@ def _squeezed(source: TensorSource) -> tuple[int, ...]:
 
 
 def tensor_pairs(base: BaseModelFiles, tuned: BaseModelFiles, *, with_convolutions: bool) -> list[TensorPair]:
-    """Every tensor of the text encoder and the U-Net, in the order of the base model.
+    """Every tensor of the text encoders and the U-Net, in the order of the base model.
 
     Args:
         base, tuned: as `open_pair` gives them.
         with_convolutions: layers of residual blocks and resampling get LoRA too, as sd-scripts does it with conv_dim.
     """
     pairs = []
-    for kind in PARTS:
+    for kind in base.family.adapter_prefixes:
         sources = tuned.parts[kind].sources
         for name, source in base.parts[kind].sources.items():
             rank_name = _rank_name(kind, name, source.shape, with_convolutions=with_convolutions)
@@ -189,7 +194,7 @@ def _rank_name(kind: str, name: str, shape: tuple[int, ...], *, with_convolution
     """Which rank a tensor's layer has in a LoRA network of sd-scripts; None where it is none of its layers."""
     if not name.endswith(".weight") or len(shape) not in (2, 4):
         return None
-    if _ATTENTION[kind].search(name):
+    if _ATTENTION.search(name):
         return "dim"
     if not with_convolutions or kind != UNET or not _RESIDUAL.search(name):
         return None
@@ -197,6 +202,5 @@ def _rank_name(kind: str, name: str, shape: tuple[int, ...], *, with_convolution
 
 
 def _layer_name(kind: str, name: str, family: ModelFamily) -> str | None:
-    prefix = family.denoiser_prefix if kind == UNET else family.text_encoder_prefixes[0]
-    found = layer_names(family).find(f"{prefix}_{name.rpartition('.')[0]}")
+    found = layer_names(family).find(f"{family.adapter_prefixes[kind]}_{name.rpartition('.')[0]}")
     return None if found is None else found.saved

@@ -8,7 +8,7 @@ from functools import partial
 
 from library.checkpoints.base_model import BaseModelFiles
 from library.checkpoints.model_merging import MergeOptions, TensorReport, WeightedSum, left_out
-from library.checkpoints.parts import PART_TITLES, UNET, VAE
+from library.checkpoints.parts import PART_TITLES, VAE
 from library.errors import counted
 from library.families.family import ModelFamily
 from library.tables import table
@@ -111,7 +111,7 @@ def _by_block(
 ) -> dict[str, float]:
     """Block, or "VAE" -> ||a|| / ||b||, from the squares of a and b of each tensor."""
     found = {place: squares for place, report in done.reports.items() if (squares := pair(report)) is not None}
-    prefixes = {UNET: family.denoiser_prefix, **{encoder.part: encoder.adapter_prefix for encoder in family.text_encoders}}
+    prefixes = family.adapter_prefixes
     norms = {
         f"{prefixes[kind]}_{name}": (math.sqrt(part), math.sqrt(whole))
         for (kind, name), (part, whole) in found.items()

@@ -24,6 +24,9 @@ from library.checkpoints.metadata import PREFIX
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tensor_writing import write_tensors
 from library.errors import UserError, some_names
+from library.families.detect import DEFAULT_FAMILY
+from library.families.family import ModelFamily
+from networks.formats.file_adapters import told_family
 from networks.formats.keys import by_layer
 from networks.tools.comparing import is_finite
 from networks.tools.file_conversion import rounded
@@ -63,11 +66,13 @@ class LowRankFile:
 
     Attributes:
         layers: layer name -> tensor name -> tensor.
+        family: of the models it is for, as far as it tells.
         metadata: of its header; empty for files that have none.
     """
 
     path: Path
     layers: Mapping[str, LayerTensors]
+    family: ModelFamily
     metadata: Mapping[str, str]
 
     @property
@@ -145,7 +150,7 @@ def read_low_rank_file(path: Path) -> LowRankFile:
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             raise UserError(f"{key} holds values that are not finite", where=str(path), remedy="give a sound file")
-    return LowRankFile(path=path, layers=layers, metadata=file.metadata)
+    return LowRankFile(path=path, layers=layers, family=told_family(file) or DEFAULT_FAMILY, metadata=file.metadata)
 
 
 def file_of_rank(save_to: Path, rank: int) -> Path:

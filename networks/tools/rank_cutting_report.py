@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from library.errors import counted
-from library.families.detect import DEFAULT_FAMILY
+from library.families.family import ModelFamily
 from library.parallel import over_cores
 from library.tables import table
 from networks.tools.layer_errors import Kept, part_of, relative_error, shares_by_block, spectra_panel, spectrum
 from networks.tools.plotting import Bars, Panel
 from networks.tools.rank_cutting import FACTORS, LayerTensors, LowRankFile, cut_layer
 from networks.tools.reports import ToolReport
-
-_FAMILY = DEFAULT_FAMILY  # parts and blocks of kohya's names are told alike in all families
 
 
 def report_of(file: LowRankFile, places: Mapping[int, Path]) -> ToolReport:
@@ -61,14 +59,17 @@ def report_of(file: LowRankFile, places: Mapping[int, Path]) -> ToolReport:
         }
 
     def panels() -> list[Panel]:
-        errors = {f"rank {rank}": _by_block(layers) for rank, layers in ranks.items()}
-        return [spectra_panel(spectra(), _FAMILY), Bars(title="distance of each block from the full rank", series=errors)]
+        errors = {f"rank {rank}": _by_block(layers, file.family) for rank, layers in ranks.items()}
+        return [
+            spectra_panel(spectra(), file.family),
+            Bars(title="distance of each block from the full rank", series=errors),
+        ]
 
     return ToolReport(lines=_lines(file, places, ranks), content=content, panels=panels)
 
 
-def _by_block(layers: Mapping[str, Kept]) -> dict[str, float]:
-    return shares_by_block({name: (kept.lost, kept.had) for name, kept in layers.items()}, _FAMILY)
+def _by_block(layers: Mapping[str, Kept], family: ModelFamily) -> dict[str, float]:
+    return shares_by_block({name: (kept.lost, kept.had) for name, kept in layers.items()}, family)
 
 
 def _scale(tensors: LayerTensors) -> float:
@@ -99,11 +100,11 @@ def _spectrum(tensors: LayerTensors) -> list[float]:
 
 
 def _lines(file: LowRankFile, places: Mapping[int, Path], ranks: Mapping[int, Mapping[str, Kept]]) -> list[str]:
-    parts = list(dict.fromkeys(part_of(name, _FAMILY) for name in file.layers))
+    parts = list(dict.fromkeys(part_of(name, file.family) for name in file.layers))
     rows = []
     for rank, layers in ranks.items():
         shares = [
-            f"{relative_error(kept for name, kept in layers.items() if part_of(name, _FAMILY) == part):.3g}"
+            f"{relative_error(kept for name, kept in layers.items() if part_of(name, file.family) == part):.3g}"
             for part in parts
         ]
         cut = sum(len(tensors[FACTORS[0]]) > rank for tensors in file.layers.values())

@@ -100,7 +100,9 @@ def deltas(path: Path, base: Path) -> dict[str, Tensor]:
 
 def differences(base: Path, tuned: Path, *, convolutions: bool = False) -> dict[str, Tensor]:
     """Tuned less base for the layers of LoRA, by our names, in double precision."""
-    pairs = tensor_pairs(*open_pair(str(base), str(tuned), v2=None, v_parameterization=None), with_convolutions=convolutions)
+    pairs = tensor_pairs(
+        *open_pair(str(base), str(tuned), said=None, v_parameterization=None), with_convolutions=convolutions
+    )
     return {
         str(pair.layer): pair.tuned.read().double().reshape(pair.shape) - pair.base.read().double()
         for pair in pairs
@@ -316,7 +318,8 @@ class TestOptions:
         path = tmp_path / "lora.safetensors"
         self.extract(capsys, tiny_sd1_folder, tuned["noise"], path, "--load_precision", "bf16", "--dim", 64)
         pairs = tensor_pairs(
-            *open_pair(str(tiny_sd1_folder), str(tuned["noise"]), v2=None, v_parameterization=None), with_convolutions=False
+            *open_pair(str(tiny_sd1_folder), str(tuned["noise"]), said=None, v_parameterization=None),
+            with_convolutions=False,
         )
         wanted = {
             str(pair.layer): pair.tuned.read().bfloat16().double().reshape(pair.shape) - pair.base.read().bfloat16().double()
@@ -418,7 +421,8 @@ class TestRefusals:
         target = tmp_path / "lora.safetensors"
         assert_refused(self.refused(capsys, target, *models, "--v2"), "--v2 was given, but this is Stable Diffusion 1.x")
         assert_refused(self.refused(capsys, target, *models, "--v_parameterization"), "predicts the noise")
-        assert_refused(self.refused(capsys, target, *models, "--sdxl"), "SDXL")
+        assert_refused(self.refused(capsys, target, *models, "--sdxl"), "--sdxl was given, but this is Stable Diffusion 1.x")
+        assert_refused(self.refused(capsys, target, *models, "--sdxl", "--v2"), "--v2 and --sdxl: exclude each other")
 
     def test_damaged_files(self, tiny_sd1_folder, tuned, tmp_path, capsys):
         cut, target = tmp_path / "cut.safetensors", tmp_path / "lora.safetensors"

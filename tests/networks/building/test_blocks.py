@@ -7,6 +7,7 @@ import math
 import pytest
 
 from library.errors import UserError
+from library.families.sd1 import SD1
 from networks import lora
 from networks.building.blocks import all_learning_rate_weights, learning_rate_weights
 
@@ -30,14 +31,12 @@ def test_weights_of_one_side(text, expected):
 
 
 def test_what_is_not_given_has_weight_one():
-    assert (
-        all_learning_rate_weights(None, "0.5", None, zero_threshold=0, block_count=25) == (1.0,) * 12 + (0.5,) + (1.0,) * 12
-    )
-    assert all_learning_rate_weights(None, None, None, zero_threshold=0, block_count=25) is None
+    assert all_learning_rate_weights(None, "0.5", None, zero_threshold=0, family=SD1) == (1.0,) * 12 + (0.5,) + (1.0,) * 12
+    assert all_learning_rate_weights(None, None, None, zero_threshold=0, family=SD1) is None
 
 
 def test_weights_up_to_the_threshold_are_zero():
-    weights = all_learning_rate_weights("linear", None, None, zero_threshold=3 / 11, block_count=25)
+    weights = all_learning_rate_weights("linear", None, None, zero_threshold=3 / 11, family=SD1)
     assert weights[:5] == (0, 0, 0, 0, pytest.approx(4 / 11))
 
 

@@ -66,7 +66,7 @@ def test_a_c3lier_network_leaves_later_ones_as_they_are(sd1):
 def test_families_are_told_by_the_models(sd1, sd2):
     assert family_of_models(sd1.text_encoder, sd1.unet) is SD1
     assert family_of_models([sd2.text_encoder], sd2.unet) is SD2
-    with pytest.raises(UserError, match="SDXL are not supported"):
+    with pytest.raises(UserError, match="2 text encoders given with a U-Net of Stable Diffusion 1.x"):
         family_of_models([sd1.text_encoder, sd1.text_encoder], sd1.unet)
 
 
@@ -77,7 +77,7 @@ def test_a_model_without_target_layers_is_an_error():
 
 @pytest.mark.parametrize("path", ["encoder.layers.3.self_attn.q_proj", "text_model.encoder.layers.3.self_attn.q_proj"])
 def test_text_encoder_names_do_not_depend_on_transformers(path):
-    assert saved_name("lora_te", path) == "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
+    assert saved_name("lora_te", path, SD1) == "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
 
 
 def test_initial_values_depend_on_seed_and_layer_alone(sd1):

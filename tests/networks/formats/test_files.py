@@ -175,7 +175,7 @@ def test_a_file_of_which_nothing_fits_is_refused_always(sd1, weights, sentence):
     ("key", "width", "title"),
     [
         ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight", 1024, "Stable Diffusion 2.x"),
-        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", 2048, "SDXL"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", 2048, "Stable Diffusion XL"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 3072, "FLUX"),
     ],
 )

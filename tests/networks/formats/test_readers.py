@@ -181,7 +181,7 @@ def test_keys_of_any_layout_are_split():
     assert split_any_key("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight")[1] == "lora_up.weight"
     old = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight"
     assert split_any_key(old)[1] == "lora_down.weight"
-    assert name_trait(split_any_key(old)[0]) is Trait.OLD_DIFFUSERS_NAME
+    assert name_trait(split_any_key(old)[0], SD1) is Trait.OLD_DIFFUSERS_NAME
     assert split_any_key("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight") == (
         "text_encoder.text_model.encoder.layers.0.mlp.fc1",
         "lora_up.weight",
