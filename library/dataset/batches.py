@@ -7,7 +7,7 @@ bit for bit, workers may live through all epochs, and a run can begin anywhere.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import FrameType
@@ -21,7 +21,7 @@ from library.dataset.caches import LatentCache, StoredLatents
 from library.dataset.captions import process_caption
 from library.dataset.dataset import Dataset, GlobalBatch, Sample
 from library.dataset.images import BadImageError
-from library.dataset.pixels import Prepared, draw_flip, draw_reading, load
+from library.dataset.pixels import Prepared, Reading, centred, draw_flip, draw_reading, load, size_conditions
 from library.diffusion.noise import SampleDraws, stack_draws
 from library.errors import UserError
 from library.streams import python_stream
@@ -55,6 +55,7 @@ class Batch:
         samples: indices of the samples.
         latent_mean, latent_std: (B, C, h, w) fp32, the VAE's posterior in its own units, where latents are cached.
         pixels: (B, 3, H, W) fp32 in [-1, 1], where they are not.
+        sizes: (B, n) fp32, the size conditions that were asked for, in pixels; None where none were.
         masks: (B, 1, h, w) fp32 in 0..1, where a subset of the dataset has alpha_mask; 1 counts fully.
         skipped: sentences about images that could not be read.
     """
@@ -68,6 +69,7 @@ class Batch:
     latent_mean: Tensor | None = None
     latent_std: Tensor | None = None
     pixels: Tensor | None = None
+    sizes: Tensor | None = None
     masks: Tensor | None = None
     skipped: tuple[str, ...] = ()
 
@@ -96,6 +98,7 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
         draw: gives the random numbers of (epoch, sample index, latent shape); has to be picklable where workers are spawned.
         latents: a cache that holds every image; None reads pixels.
         latent_channels: of the VAE.
+        size_conditions: names of those that each sample carries, in their order; see `pixels.size_conditions`.
         max_train_steps: length of the run, for a token warm-up given as a fraction.
 
     With workers that are forked (Linux up to Python 3.13) a cache in memory is shared with them and copied nowhere;
@@ -112,11 +115,13 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
         processes: int = 1,
         latents: LatentCache | None = None,
         latent_channels: int = 4,
+        size_conditions: Sequence[str] = (),
         max_train_steps: int = 0,
     ) -> None:
         self.dataset, self.seed, self.draw = dataset, seed, draw
         self.rank, self.processes = rank, processes
         self.latents, self.latent_channels = latents, latent_channels
+        self.size_conditions = size_conditions
         self.max_train_steps = max_train_steps
 
     def __getitem__(self, address: BatchAddress) -> Batch:
@@ -130,7 +135,8 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
         samples = [self.dataset.samples[index] for index, _ in share]
         counts = [counts for _, counts in share]
         shape = self._latent_shape(batch)
-        images, skipped = self._images(samples, address.epoch)
+        readings = [self._reading(sample, address.epoch) for sample in samples]
+        images, skipped = self._images(samples, readings)
         counts = [counted and place not in skipped for place, counted in enumerate(counts)]
         weights = [self.dataset.loss_weight(sample.image) * counted for sample, counted in zip(samples, counts, strict=True)]
         return Batch(
@@ -140,18 +146,19 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
             loss_weights=torch.tensor(weights, dtype=torch.float32),
             real=torch.tensor(counts),
             samples=[sample.index for sample in samples],
+            sizes=self._sizes(samples, readings),
             masks=self._masks(batch, images.pop("masks"), shape),
             skipped=tuple(skipped.values()),
             **{name: torch.stack(parts) for name, parts in images.items()},
         )
 
-    def _images(self, samples: list[Sample], epoch: int) -> tuple[dict[str, list[Any]], dict[int, str]]:
+    def _images(self, samples: list[Sample], readings: list[Reading]) -> tuple[dict[str, list[Any]], dict[int, str]]:
         """Latents or pixels, and masks, of each sample; and a sentence about each that could not be read."""
         read: list[Any] = []
         skipped: dict[int, str] = {}
-        for place, sample in enumerate(samples):
+        for place, (sample, reading) in enumerate(zip(samples, readings, strict=True)):
             try:
-                read.append(self._read(sample, epoch))
+                read.append(self._read(sample, reading))
             except BadImageError as error:
                 sentence = UserError(str(error), where=str(sample.image.path))
                 if self.dataset.options.on_bad_image == "stop":
@@ -163,10 +170,23 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
             names = {"mean": "latent_mean", "std": "latent_std", "mask": "masks"}
         return {name: [getattr(one, part) for one in read] for part, name in names.items()}, skipped
 
-    def _read(self, sample: Sample, epoch: int) -> StoredLatents | Prepared:
+    def _reading(self, sample: Sample, epoch: int) -> Reading:
+        """How a sample is read; where its latents are cached, only mirroring is left to chance."""
         if self.latents is None:
-            return load(self.dataset, sample.image, draw_reading(self.dataset, sample, seed=self.seed, epoch=epoch))
-        return self.latents.read(sample.image, draw_flip(self.dataset, sample, seed=self.seed, epoch=epoch))
+            return draw_reading(self.dataset, sample, seed=self.seed, epoch=epoch)
+        return centred(sample.image, flip=draw_flip(self.dataset, sample, seed=self.seed, epoch=epoch))
+
+    def _read(self, sample: Sample, reading: Reading) -> StoredLatents | Prepared:
+        if self.latents is None:
+            return load(self.dataset, sample.image, reading)
+        return self.latents.read(sample.image, reading.flip)
+
+    def _sizes(self, samples: list[Sample], readings: list[Reading]) -> Tensor | None:
+        """(B, n): the size conditions that are wanted; None where none are."""
+        if not self.size_conditions:
+            return None
+        known = [size_conditions(sample.image, reading) for sample, reading in zip(samples, readings, strict=True)]
+        return torch.tensor([[values[name] for name in self.size_conditions] for values in known], dtype=torch.float32)
 
     def _blank(self, sample: Sample) -> StoredLatents | Prepared:
         """What stands in for an image that could not be read."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from library.dataset.buckets import Size
 from library.dataset.dataset import Dataset, DatasetImage, bad_image_problems
 from library.dataset.images import BadImageError
-from library.dataset.pixels import Prepared, Reading, centred, load
+from library.dataset.pixels import Prepared, centred, load
 from library.errors import UserError, raise_all
 
 FOLDER = "latent_cache"
@@ -415,7 +415,7 @@ def _load(dataset: Dataset, entry: _Entry) -> _Loaded:
     try:
         state = source_state(image.path)
         data = image.path.read_bytes()
-        prepared = load(dataset, image, Reading(image.fit, centred(image.fit), entry.flip), data=BytesIO(data))
+        prepared = load(dataset, image, centred(image, flip=entry.flip), data=BytesIO(data))
     except BadImageError as error:
         return error
     except OSError as error:

@@ -58,9 +58,25 @@ class Prepared:
     mask: Tensor | None
 
 
-def centred(fit: Fit) -> Size:
-    """(left, top) of a cut in the middle."""
-    return fit.excess[0] // 2, fit.excess[1] // 2
+def centred(image: DatasetImage, *, flip: bool) -> Reading:
+    """A reading with the cut in the middle: what latents are cached of."""
+    return Reading(image.fit, (image.fit.excess[0] // 2, image.fit.excess[1] // 2), flip)
+
+
+def size_conditions(image: DatasetImage, reading: Reading) -> dict[str, int]:
+    """What a denoiser may be told of an image's size and cut, in pixels, by the names of `families.family.SIZE_CONDITIONS`.
+
+    The image's own size is that which viewers show; the cut is where it was made in the scaled image, mirrored like it.
+    """
+    left, top = reading.offset
+    return {
+        "original_height": image.size[1],
+        "original_width": image.size[0],
+        "crop_top": top,
+        "crop_left": reading.fit.excess[0] - left if reading.flip else left,
+        "target_height": reading.fit.bucket[1],
+        "target_width": reading.fit.bucket[0],
+    }
 
 
 def draw_flip(dataset: Dataset, sample: Sample, *, seed: int, epoch: int) -> bool:
@@ -71,7 +87,9 @@ def draw_flip(dataset: Dataset, sample: Sample, *, seed: int, epoch: int) -> boo
 def draw_reading(dataset: Dataset, sample: Sample, *, seed: int, epoch: int) -> Reading:
     """All random choices about the pixels of a sample in an epoch."""
     image, subset = sample.image, dataset.subset_of(sample.image)
-    fit, offset = image.fit, centred(image.fit)
+    flip = draw_flip(dataset, sample, seed=seed, epoch=epoch)
+    in_the_middle = centred(image, flip=flip)
+    fit, offset = in_the_middle.fit, in_the_middle.offset
     face = face_in_name(image.path.stem)
     if subset.face_crop_aug_range and face and not dataset.settings[image.dataset].buckets.enabled:
         fit, offset = _draw_face_crop(image, face, subset, seed=seed, epoch=epoch, index=sample.index)
@@ -86,7 +104,6 @@ def draw_reading(dataset: Dataset, sample: Sample, *, seed: int, epoch: int) -> 
                 hue_steps = color.uniform(-HUE_STEPS, HUE_STEPS)
             else:
                 gamma = color.uniform(*GAMMA_RANGE)
-    flip = draw_flip(dataset, sample, seed=seed, epoch=epoch)
     return Reading(fit, offset, flip, hue_steps, gamma)
 
 

@@ -206,7 +206,7 @@ def _dataset(values: dict[str, Any], where: str, subsets: Iterable[SubsetSetting
     if "resolution" not in values and not any(
         (problem.where or "").startswith("--resolution") for problem in findings.problems
     ):
-        remedy = "give --resolution, or resolution in the dataset file (512 for most SD 1.x models)"
+        remedy = "give --resolution, or resolution in the dataset file (512 for most SD 1.x models, 1024 for SDXL)"
         findings.problem("the resolution is missing", where=where, remedy=remedy)
     buckets = {target: values[key] for key, target in _BUCKET_KEYS.items() if key in values}
     return DatasetSettings(

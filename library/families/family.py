@@ -135,6 +135,11 @@ class ModelFamily:
         return len(self.block_places)
 
     @property
+    def size_multiple(self) -> int:
+        """What image sides are multiples of, in pixels: each level of the U-Net but the last halves a latent's sides."""
+        return self.latent_factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1)
+
+    @property
     def text_encoder_prefixes(self) -> tuple[str, ...]:
         """How saved layer names of adapters begin, one per text encoder."""
         return tuple(encoder.adapter_prefix for encoder in self.text_encoders)

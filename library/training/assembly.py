@@ -177,6 +177,7 @@ def _batches(run: PlannedRun, latents: LatentCache | None) -> Iterator[Batch]:
         processes=accelerator.num_processes,
         latents=latents,
         latent_channels=run.base.family.latent_channels,
+        size_conditions=run.base.family.size_conditions,
         max_train_steps=run.length.steps,
     )
     length = run.length

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from library.generation.prompt_options import PromptLine
     from library.generation.requests import ImageRequest
 
-DENOISER_FACTOR = 8  # a U-Net of four levels halves a latent's sides three times
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
@@ -115,8 +113,8 @@ def _scan_dataset(options: TrainingOptions, base: BaseModelFiles | None) -> Data
     """The dataset; without a base model as for the usual one, so that its mistakes are found along with the others."""
     if base is None:
         return scan_dataset(options.dataset)
-    factor = base.family.latent_factor
-    return scan_dataset(options.dataset, latent_factor=factor, size_multiple=factor * DENOISER_FACTOR)
+    family = base.family
+    return scan_dataset(options.dataset, latent_factor=family.latent_factor, size_multiple=family.size_multiple)
 
 
 def _preview_lines(options: TrainingOptions) -> list[PromptLine]:

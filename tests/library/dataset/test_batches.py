@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 
 from library.dataset.batches import Batch, BatchAddress, TrainingBatches, epoch_addresses, load_batches
+from library.dataset.caches import build_latent_cache
 from library.dataset.dataset import scan_dataset
+from library.dataset.images import resize
 from library.dataset.options import DatasetOptions
 from library.dataset.pixels import draw_flip, draw_reading, face_in_name
 from library.diffusion.noise import NoiseOptions, SampleDraws, draw_sample
 from library.errors import UserError
+from library.families.family import SIZE_CONDITIONS
 from tests.library.dataset.conftest import noise_image
 
 SEED = 11
@@ -192,6 +195,52 @@ def test_a_face_is_in_the_cut_and_has_the_size_that_was_asked_for(tmp_path):
         assert (64 / 3.2) ** 2 < white < (64 / 1.4) ** 2
     assert face_in_name("anna_480_120_80_80") == (480, 120, 80, 80)
     assert face_in_name("anna_1_2") is None
+
+
+SIZES_TOLD = SIZE_CONDITIONS[:6]
+"""Original height and width, top and left of the cut, height and width of the target."""
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [((1000, 1500), [1500, 1000, 256, 0, 1024, 1024]), ((1500, 1000), [1000, 1500, 0, 256, 1024, 1024])]
+)
+def test_sizes_told_are_the_files_own_the_cut_that_is_made_and_the_bucket(draw_images, size, told):
+    folder = draw_images("train/1_dog", [size]).parent
+    dataset = scan_dataset(DatasetOptions(train_data_dir=folder, resolution="1024"))
+    (batch,) = (batches_of(dataset, size_conditions=SIZES_TOLD)[one] for one in epoch_addresses(dataset, 1))
+    assert batch.sizes.tolist() == [told]
+    assert batch.sizes.dtype == torch.float32
+    (chosen,) = (
+        batches_of(dataset, size_conditions=("target_width", "crop_top"))[one] for one in epoch_addresses(dataset, 1)
+    )
+    assert chosen.sizes.tolist() == [[told[5], told[2]]]
+
+
+@pytest.mark.parametrize("flip_aug", [False, True])
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_the_cut_that_is_told_is_where_the_pixels_are(folder, random_crop, flip_aug):
+    options = DatasetOptions(train_data_dir=folder, resolution="64", random_crop=random_crop, flip_aug=flip_aug)
+    dataset = scan_dataset(options)
+    for address in epoch_addresses(dataset, 1):
+        batch = batches_of(dataset, size_conditions=SIZES_TOLD)[address]
+        image = dataset.samples[batch.samples[0]].image
+        height, width, top, left, *target = map(int, batch.sizes[0].tolist())
+        assert ((width, height), target) == (image.size, [64, 64])
+        whole = resize(np.asarray(Image.open(image.path)), image.fit.resized)
+        if draw_flip(dataset, dataset.samples[batch.samples[0]], seed=SEED, epoch=1):
+            whole = whole[:, ::-1]
+        cut = torch.from_numpy(whole[top : top + 64, left : left + 64].copy()).permute(2, 0, 1) / 127.5 - 1
+        assert torch.equal(cut, batch.pixels[0])
+
+
+def test_cached_latents_tell_the_cut_they_were_made_of_and_none_is_told_where_none_is_asked_for(folder, tiny_vae):
+    cached = scan_dataset(DatasetOptions(train_data_dir=folder, resolution="64", flip_aug=True, cache_latents=True))
+    latents = build_latent_cache(cached, tiny_vae, "tiny")
+    plain = scan_dataset(replace(cached.options, cache_latents=False))
+    for address in epoch_addresses(cached, 1):
+        told = batches_of(cached, latents=latents, size_conditions=SIZES_TOLD)[address].sizes
+        assert torch.equal(told, batches_of(plain, size_conditions=SIZES_TOLD)[address].sizes)
+        assert batches_of(plain)[address].sizes is None
 
 
 @pytest.fixture
