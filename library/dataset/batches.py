@@ -19,7 +19,7 @@ from torch import Tensor
 
 from library.dataset.caches import LatentCache, StoredLatents
 from library.dataset.captions import process_caption
-from library.dataset.dataset import Dataset, GlobalBatch, Sample
+from library.dataset.dataset import Dataset, DatasetImage, GlobalBatch, Sample
 from library.dataset.images import BadImageError
 from library.dataset.pixels import Prepared, Reading, centred, draw_flip, draw_reading, load, size_conditions
 from library.diffusion.noise import SampleDraws, stack_draws
@@ -151,6 +151,13 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
             skipped=tuple(skipped.values()),
             **{name: torch.stack(parts) for name, parts in images.items()},
         )
+
+    def captions(self, addresses: Iterable[BatchAddress]) -> Iterator[tuple[str, DatasetImage]]:
+        """Every caption that is read at these addresses, in all processes, with its image; no image is opened."""
+        for address in addresses:
+            for index in _epoch(self.dataset, address.epoch, self.seed, self.processes)[address.number].samples:
+                sample = self.dataset.samples[index]
+                yield self._caption(sample, address), sample.image
 
     def _images(self, samples: list[Sample], readings: list[Reading]) -> tuple[dict[str, list[Any]], dict[int, str]]:
         """Latents or pixels, and masks, of each sample; and a sentence about each that could not be read."""

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +30,7 @@ import torch
 from torch import Tensor
 
 from library.dataset.buckets import Size
+from library.dataset.cache_files import CacheKind, DamagedError, prepare_folders, read_entry, tensors_of, write_entry
 from library.dataset.dataset import Dataset, DatasetImage, bad_image_problems
 from library.dataset.images import BadImageError
 from library.dataset.pixels import Prepared, centred, load
@@ -43,7 +41,7 @@ LAYOUT = 1  # raised when entries of before can no longer be used
 THREADS = 8
 READ_AHEAD = 32  # images
 NO_ENTRY = "could not be decoded when the latents were cached"
-LEFTOVER_AGE = 3600  # seconds after which a half-written file belongs to nobody
+LATENTS = CacheKind("latents", "keep latents in memory with --cache_latents alone")
 
 Progress = Callable[[int, int], None]  # (images done, images to do)
 
@@ -125,7 +123,7 @@ def build_latent_cache(
     entries = all_entries(dataset)
     if dataset.options.cache_latents_to_disk:
         cache = DiskLatents(dataset, f"{vae_fingerprint} {precision}")
-        cache.prepare_folders()
+        prepare_folders((image.path.parent / FOLDER for image in dataset.images), LATENTS)
         own = entries[rank::processes]
         entries = cache.missing(own, trust=dataset.options.skip_cache_check)
         say(f"latent cache: {len(entries)} of {len(own)} entries are missing or out of date")
@@ -218,16 +216,10 @@ class DiskLatents:
             BadImageError: there is none, because the image could not be decoded.
             UserError: it was damaged after the cache was checked.
         """
-        from safetensors.torch import load as load_tensors
-
-        path = self.path(image, flip)
         try:
-            tensors = load_tensors(_read_entry(path)[0])
+            tensors = tensors_of(self.path(image, flip), LATENTS)
         except FileNotFoundError:
             raise BadImageError(NO_ENTRY) from None
-        except _DamagedError as error:
-            remedy = "delete it and start again: it will be rebuilt"
-            raise UserError(f"the cached latents {error}", where=str(path), remedy=remedy) from None
         return StoredLatents(tensors["mean"], tensors["std"], tensors.get("mask"))
 
     def missing(self, entries: Sequence[_Entry], *, trust: bool) -> list[_Entry]:
@@ -243,35 +235,18 @@ class DiskLatents:
             ]
 
     def store(self, entry: _Entry, source: _Source, latents: StoredLatents) -> None:
-        facts = {"settings": self.settings(entry.image, entry.flip), "content": source.content}
+        facts = {
+            "settings": self.settings(entry.image, entry.flip),
+            "content": source.content,
+            "source": json.dumps(source.state),
+        }
         tensors = {"mean": latents.mean, "std": latents.std}
         if latents.mask is not None:
             tensors["mask"] = latents.mask
-        _write_entry(self.path(entry.image, entry.flip), tensors, facts, source.state)
+        write_entry(self.path(entry.image, entry.flip), tensors, facts, LATENTS)
 
     def finish(self) -> None:
         """Nothing is left to do: entries are complete as they are written."""
-
-    def prepare_folders(self) -> None:
-        """Make the cache folders; half-written files of a run that was killed go away.
-
-        Raises:
-            UserError: folders that cannot be written, all at once.
-        """
-        problems = []
-        for folder in sorted({image.path.parent / FOLDER for image in self.dataset.images}):
-            try:
-                folder.mkdir(exist_ok=True)
-                for leftover in folder.glob(".*.part"):
-                    if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
-                        leftover.unlink(missing_ok=True)
-                writable = os.access(folder, os.W_OK)
-            except OSError:
-                writable = False
-            if not writable:
-                remedy = "make it writable, or keep latents in memory with --cache_latents alone"
-                problems.append(UserError("latents cannot be written here", where=str(folder), remedy=remedy))
-        raise_all(problems)
 
     def _is_valid(self, entry: _Entry) -> bool:
         """Whether an entry is whole, made with these settings and of what the image file holds now."""
@@ -279,9 +254,9 @@ class DiskLatents:
 
         path = self.path(entry.image, entry.flip)
         try:
-            data, facts = _read_entry(path)
+            data, facts = read_entry(path)
             state = json.loads(facts["source"])
-        except (_DamagedError, FileNotFoundError, KeyError, ValueError):
+        except (DamagedError, FileNotFoundError, KeyError, ValueError):
             return False
         if facts.get("settings") != self.settings(entry.image, entry.flip):
             return False
@@ -295,7 +270,8 @@ class DiskLatents:
         except OSError:
             return False
         with suppress(UserError):  # then only the short way of the next check is lost
-            _write_entry(path, load_tensors(data), {name: facts[name] for name in ("settings", "content")}, state_now)
+            known = {name: facts[name] for name in ("settings", "content")}
+            write_entry(path, load_tensors(data), {**known, "source": json.dumps(state_now)}, LATENTS)
         return True
 
 
@@ -307,52 +283,6 @@ def source_state(path: Path) -> list[int]:
 
 def content_hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-class _DamagedError(Exception):
-    """An entry that cannot be used; the message ends a sentence."""
-
-
-def _read_entry(path: Path) -> tuple[bytes, dict[str, str]]:
-    """The bytes of an entry and what it says of itself, its checksum compared; FileNotFoundError where there is none."""
-    data = path.read_bytes()
-    try:
-        facts, checksum = _facts_and_checksum(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _DamagedError("are damaged") from error
-    if facts.get("checksum") != checksum:
-        raise _DamagedError("are damaged")
-    return data, facts
-
-
-def _facts_and_checksum(data: bytes) -> tuple[dict[str, str], str]:
-    """What a safetensors file says of itself, and the CRC-32 of all that is in it, its own line left out.
-
-    The header is taken apart here (8 bytes length, then JSON), because a check of all entries need not make tensors.
-    """
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    facts = dict(header["__metadata__"])
-    header["__metadata__"] = {name: facts[name] for name in facts if name != "checksum"}
-    checksum = zlib.crc32(memoryview(data)[start:], zlib.crc32(json.dumps(header, sort_keys=True).encode()))
-    return facts, f"{checksum:08x}"
-
-
-def _write_entry(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], state: list[int]) -> None:
-    """Write under another name and rename, so that no half entry is seen; what a power cut leaves fails the checksum."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    facts = {**facts, "source": json.dumps(state)}
-    _, checksum = _facts_and_checksum(save(tensors, facts))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(save(tensors, {**facts, "checksum": checksum}))
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        remedy = "make room, or keep latents in memory with --cache_latents alone"
-        raise UserError(f"latents cannot be written ({error.strerror})", where=str(path), remedy=remedy) from None
 
 
 def _encode_all(

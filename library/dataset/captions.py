@@ -36,6 +36,12 @@ class CaptionSettings:
     caption_tag_dropout_rate: float = 0.0
 
     @property
+    def varies(self) -> bool:
+        """Whether an image's text may be another one at its next reading."""
+        drops_out = self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
+        return drops_out or self.enable_wildcard or self.handles_tags
+
+    @property
     def handles_tags(self) -> bool:
         """Whether captions are taken apart into tags at all."""
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
