@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOORS = (
     "train_network.py",
+    "sdxl_train_network.py",
     "gen_img_diffusers.py",
     "sdxl_gen_img.py",
     "tools/convert_diffusers20_original_sd.py",
@@ -285,7 +286,7 @@ def paid_for(door: str) -> dict[str, str]:
             paid.setdefault(name, path)
             parents = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
             files = {f"{part.replace('.', '/')}{end}" for part in parents for end in (".py", "/__init__.py")}
-            new = (files & sources().keys()) - seen
+            new = (files & {*sources(), *DOORS}) - seen
             seen |= new
             waiting += sorted(new)
     return paid

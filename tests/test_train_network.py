@@ -155,6 +155,35 @@ def test_cached_latents_change_nothing_in_memory_or_on_disk(train, images):
     assert difference(plain, memory) < 1e-5
 
 
+VARIED = ("--shuffle_caption", "--caption_dropout_rate", 0.3, "--network_train_unet_only")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_captions_encoded_before_training_change_nothing_in_memory_or_on_disk(train, images, precision):
+    options = (*VARIED, "--mixed_precision", precision, "--optimizer_type", "SGD")
+    _, plain = train(*options, out="plain")
+    memory, in_memory = train(*options, "--cache_text_encoder_outputs", out="memory")
+    memory.require_success()
+    assert "captions encoded before training" in memory.out
+    assert re.search(r"encoding captions: (\d+) of \1\n", memory.out)
+    disk, on_disk = train(*options, "--cache_text_encoder_outputs_to_disk", out="disk")
+    again, once_more = train(*options, "--cache_text_encoder_outputs_to_disk", out="again")
+    assert ("encoding captions" in disk.out, "encoding captions" in again.out) == (True, False)
+    assert equal(in_memory, on_disk)
+    assert equal(on_disk, once_more)
+    assert difference(plain, in_memory) < (1e-5 if precision == "no" else 1e-2)
+
+
+def test_too_many_captions_leave_the_text_encoders_where_they_are(train, monkeypatch):
+    from library.training import text_cache
+
+    monkeypatch.setattr(text_cache, "MOST_BYTES", 100_000)
+    _, plain = train(*VARIED, out="plain")
+    finished, out = train(*VARIED, "--cache_text_encoder_outputs", out="cached")
+    assert re.search(r"text cache: the run has more than \d+ different captions, so the text encoders stay", finished.out)
+    assert equal(plain, out)
+
+
 def test_gradient_checkpointing_changes_nothing(train):
     _, plain = train("--network_dropout", 0.3, out="plain", optimizer_type="SGD")
     _, saving = train("--network_dropout", 0.3, "--gradient_checkpointing", out="saving", optimizer_type="SGD")
@@ -405,6 +434,13 @@ def test_wrong_input_is_a_sentence_before_anything_is_written(train, name):
     options, parts = BAD[name]
     finished, out = train(**options)
     assert_refused(finished, *parts)
+    assert not out.exists()
+
+
+def test_outputs_of_text_encoders_that_are_trained_are_not_cached(train):
+    finished, out = train("--cache_text_encoder_outputs_to_disk")
+    assert_refused(finished, "--cache_text_encoder_outputs_to_disk: cannot be used with text encoders that are trained")
+    assert "give --network_train_unet_only as well" in finished.err
     assert not out.exists()
 
 

@@ -114,9 +114,16 @@ class BaseModelFiles:
 
     def vae_fingerprint(self) -> str:
         """16 hex digits for the VAE's values as saved, for the keys of latent caches; remembered per file."""
-        part = self.parts[VAE]
+        return self._fingerprint(VAE)
+
+    def text_encoders_fingerprint(self) -> str:
+        """The same for the text encoders' values, for the keys of text caches."""
+        return " ".join(self._fingerprint(encoder.part) for encoder in self.family.text_encoders)
+
+    def _fingerprint(self, kind: str) -> str:
+        part = self.parts[kind]
         files = sorted({source.file.path for source in part.sources.values()})
-        return remembered("vae_fingerprint", files, lambda: content_fingerprint(part))
+        return remembered(f"{kind}_fingerprint", files, lambda: content_fingerprint(part))
 
 
 def open_base_model(

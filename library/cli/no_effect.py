@@ -40,6 +40,10 @@ def _folder_dataset_options(parsed: ParsedOptions) -> bool:
     return parsed.given("dataset_config")
 
 
+def _caches_nothing_on_disk(parsed: ParsedOptions) -> bool:
+    return not any(parsed[name] for name in ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"))
+
+
 def _draws_no_previews(parsed: ParsedOptions) -> bool:
     return not any(parsed[name] for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"))
 
@@ -57,6 +61,7 @@ FILE_METADATA = (
 
 RULES: tuple[NoEffect, ...] = (
     NoEffect(("tokenizer_cache_dir",), _always, "tokenizers ship with this package"),
+    NoEffect(("disable_mmap_load_safetensors",), _always, "files are read tensor by tensor, which takes least memory"),
     NoEffect(("cache_info",), _always, "scanning a folder needs no memory of it"),
     NoEffect(("persistent_data_loader_workers",), _always, "workers are always kept between epochs"),
     NoEffect(("lowram",), _always, "weights are always read straight to the device"),
@@ -98,7 +103,7 @@ RULES: tuple[NoEffect, ...] = (
         "they belong to --lr_scheduler_type and piecewise_constant",
     ),
     NoEffect(("max_train_steps",), lambda p: bool(p["max_train_epochs"]), "--max_train_epochs wins"),
-    NoEffect(("skip_cache_check",), _without("cache_latents_to_disk"), "nothing is cached on disk"),
+    NoEffect(("skip_cache_check",), _caches_nothing_on_disk, "nothing is cached on disk"),
     NoEffect(
         ("save_last_n_epochs",), lambda p: not (p["save_every_n_epochs"] or p["save_n_epoch_ratio"]), "no epochs are saved"
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from library.training.options import (
     TrainingOptions,
 )
 
-DESCRIPTION = "Train a LoRA-type adapter for Stable Diffusion."
+DESCRIPTION = "Train a LoRA-type adapter for Stable Diffusion 1.x, 2.x or XL."
 REQUIRED = {
     "pretrained_model_name_or_path": "a checkpoint file, a diffusers folder or a Hugging Face id",
     "output_dir": "the folder for the trained file",
@@ -54,12 +55,15 @@ SHARES = ("network_dropout", "caption_dropout_rate", "caption_tag_dropout_rate",
 
 
 def parse_training(argv: Sequence[str]) -> ParsedOptions:
-    """Parse the command line of train_network.py."""
+    """Parse the command line of train_network.py or sdxl_train_network.py."""
     return parse(argv, TRAINING_OPTIONS, description=DESCRIPTION)
 
 
-def training_options(parsed: ParsedOptions) -> TrainingOptions:
+def training_options(parsed: ParsedOptions, *, family: str | None = None) -> TrainingOptions:
     """The options of one run.
+
+    Args:
+        family: name of the only one whose models are taken; None takes all.
 
     Raises:
         UserError: every problem that the command line alone shows, at once.
@@ -69,6 +73,7 @@ def training_options(parsed: ParsedOptions) -> TrainingOptions:
     for name, build in _BUILDERS.items():
         parts[name] = attempt(partial(build, parsed), problems)
     raise_all(problems)
+    parts["base"] = replace(parts["base"], family=family)
     return TrainingOptions(
         **parts,
         zero_terminal_snr=parsed["zero_terminal_snr"],
@@ -124,6 +129,13 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
     caches = parsed["cache_latents"] or parsed["cache_latents_to_disk"]
     for name in ("color_aug", "random_crop"):
         refuse(caches and parsed[name], "cannot be used with cached latents", f"--{name}", "leave out --cache_latents or it")
+    for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"):
+        refuse(
+            parsed[name] and not parsed["network_train_unet_only"],
+            "cannot be used with text encoders that are trained, whose outputs change",
+            f"--{name}",
+            "give --network_train_unet_only as well, or leave it out",
+        )
     refuse(
         parsed["network_train_unet_only"] and parsed["network_train_text_encoder_only"],
         "leaves nothing to train beside --network_train_text_encoder_only",
@@ -194,6 +206,8 @@ def _captions(parsed: ParsedOptions) -> CaptionEncodingOptions:
         clip_skip=parsed["clip_skip"],
         max_token_length=parsed["max_token_length"] or 75,
         weighted_captions=parsed["weighted_captions"],
+        cache=parsed["cache_text_encoder_outputs"],
+        cache_to_disk=parsed["cache_text_encoder_outputs_to_disk"],
     )
 
 

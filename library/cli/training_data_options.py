@@ -27,6 +27,11 @@ DATA_OPTIONS = (
             ),
             Option(name="vae", help="replace the VAE: a diffusers folder, a full checkpoint or a VAE file"),
             Option(
+                name="disable_mmap_load_safetensors",
+                type=FLAG,
+                help="read a file whole instead of tensor by tensor; that takes more memory, so it has no effect",
+            ),
+            Option(
                 name="tokenizer_cache_dir",
                 help="where sd-scripts keeps downloaded tokenizers; ours ship with the package, so it has no effect",
             ),
@@ -145,7 +150,7 @@ DATA_OPTIONS = (
             Option(
                 name="clip_skip",
                 type=int,
-                help="use the Nth-last layer of the text encoder, followed by its final norm",
+                help="use the Nth-last layer of every text encoder; without it the one that the model was trained with",
             ),
         ),
     ),
@@ -187,6 +192,12 @@ DATA_OPTIONS = (
         (
             Option(name="cache_latents", type=FLAG, help="encode every image once and keep the result in memory"),
             Option(name="cache_latents_to_disk", type=FLAG, help="the same, kept on disk for later runs"),
+            Option(
+                name="cache_text_encoder_outputs",
+                type=FLAG,
+                help="encode all captions before training and free the text encoders; with --network_train_unet_only",
+            ),
+            Option(name="cache_text_encoder_outputs_to_disk", type=FLAG, help="the same, kept on disk for later runs"),
             Option(name="vae_batch_size", type=int, default=1, help="images the VAE encodes at once"),
             Option(name="skip_cache_check", type=FLAG, help="trust cache files without opening them"),
         ),

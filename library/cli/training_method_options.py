@@ -94,7 +94,7 @@ METHOD_OPTIONS = (
                 name="text_encoder_lr",
                 type=float,
                 many=True,
-                help="learning rate of the text encoder part, one value per encoder; 0 leaves it as it is",
+                help="learning rate of the text encoders: one for all, or one for each; 0 leaves one as it is",
             ),
             Option(name="max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm; 0: never"),
             Option(

@@ -27,6 +27,11 @@ class Condition:
         pooled = None if self.pooled is None else self.pooled.to(*place_or_type)
         return Condition(self.context.to(*place_or_type), pooled)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
     def split(self) -> list[Condition]:
         """Each text alone, (1, ...)."""
         return [

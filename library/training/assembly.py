@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.dataset.batches import Batch, TrainingBatches, epoch_addresses, load_batches
+from library.conditioning.condition import Condition
+from library.conditioning.text_encoders import TextEncoders
+from library.dataset.batches import Batch, BatchAddress, TrainingBatches, epoch_addresses, load_batches
 from library.dataset.caches import LatentCache, build_latent_cache, encode_posterior
 from library.dataset.report import dataset_metadata, sample_counts
 from library.devices import dtype_of, use_xformers
@@ -22,11 +24,13 @@ from library.diffusion.noise import NoiseOptions, SampleDraws, draw_sample
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.training import preparation as prepare
+from library.training import text_cache
+from library.training.conditions import ConditionsOf, RememberedConditions, encoded
 from library.training.lr_schedules import build_schedule
 from library.training.metadata import RunFacts, base_model_metadata, model_spec, training_metadata
 from library.training.module import FrozenParts, TrainableModule
 from library.training.optimizers import is_schedule_free
-from library.training.planning import PlannedRun, attached_network
+from library.training.planning import PlannedRun, attached_network, for_adapters
 from library.training.previews import draw_previews, previews_due
 from library.training.progress import CountBar, Progress
 from library.training.saving import RunFiles
@@ -48,11 +52,16 @@ class Draw:
         return draw_sample(self.options, seed=self.seed, epoch=epoch, sample=sample, latent_shape=latent_shape)
 
 
-def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
-    """Load the base model, build the network on it, and gather what the loop moves."""
+def build_loop(run: PlannedRun, latents: LatentCache | None, conditions: ConditionsOf | None) -> LoopParts:
+    """Load the base model, build the network on it, and gather what the loop moves.
+
+    Args:
+        latents, conditions: what is known before; None where a step makes them.
+    """
     options, accelerator = run.options, run.accelerator
     device = accelerator.device
-    encoders = run.base.load_text_encoders(dtype=run.dtype, device=device)
+    texts = _texts_for_the_loop(run, known=conditions is not None)
+    encoders = texts.modules
     unet: Any = run.base.load_denoiser(dtype=run.dtype, device=device)
     prepare.freeze(unet, *encoders, checkpointing=options.compute.gradient_checkpointing)
     if options.compute.gradient_checkpointing:
@@ -64,7 +73,7 @@ def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
     prepare.load_start_weights(network, options.network)
     network.to(device=device, dtype=torch.float32)
     built = prepare.build_network_optimizer(network, options)
-    module = _trainable_module(run, network, encoders, unet)
+    module = _trainable_module(run, network, unet, conditions or _conditions_made_by_steps(run, texts))
     prepared, optimizer = accelerator.prepare(module, built.optimizer)
     vae = _vae_for_the_loop(run, latents)
     free = is_schedule_free(options.optimizer.type)
@@ -91,7 +100,7 @@ def build_loop(run: PlannedRun, latents: LatentCache | None) -> LoopParts:
         max_grad_norm=options.optimizer.max_grad_norm,
         schedule_free=free,
         scale_weight_norms=options.network.scale_weight_norms,
-        previews=_previews(run, module, vae),
+        previews=_previews(run, module, texts, vae),
     )
 
 
@@ -121,6 +130,38 @@ def with_latents(run: PlannedRun) -> tuple[PlannedRun, LatentCache | None]:
     return (run.without(dict(bad)) if bad else run), cache
 
 
+def with_texts(run: PlannedRun) -> ConditionsOf | None:
+    """Encode every caption of the run once, if that was asked for, with text encoders that are freed afterwards.
+
+    Returns:
+        The conditions; None where they are not to be known before, or the captions are too many for that.
+    """
+    options, accelerator = run.options.captions, run.accelerator
+    if not options.caches:
+        return None
+    most = text_cache.MOST_BYTES // run.bytes_of_a_condition
+    folders = text_cache.folders_of_captions(_training_batches(run, None).captions(_addresses_of_captions(run)), most=most)
+    if folders is None:
+        run.say(f"text cache: the run has more than {most} different captions, so the text encoders stay in memory")
+        return None
+    cache: text_cache.MemoryTexts | text_cache.DiskTexts = text_cache.MemoryTexts()
+    captions = list(folders)
+    if options.cache_to_disk:
+        cache = text_cache.DiskTexts(
+            folders=folders,
+            texts=_texts(run, []),
+            options=options,
+            fingerprint=f"{run.base.text_encoders_fingerprint()} {run.dtype}",
+            trust=run.options.dataset.skip_cache_check,
+        )
+        cache.prepare()
+        captions = captions[accelerator.process_index :: accelerator.num_processes]
+    progress = CountBar("encoding captions", shown=accelerator.is_main_process)
+    text_cache.fill(cache, captions, partial(_encoder_for_the_cache, run), progress=progress)
+    accelerator.wait_for_everyone()
+    return RememberedConditions(text_cache.reader(cache, accelerator.device))
+
+
 def latents_of(batch: Batch, *, vae: Any, chunk: int) -> tuple[Tensor, Tensor]:
     """Mean and spread of a batch's latents: cached, or encoded now.
 
@@ -145,7 +186,35 @@ def _vae_for_the_loop(run: PlannedRun, latents: LatentCache | None) -> Any:
     return _load_vae(run) if latents is None or run.options.previews.prompts else None
 
 
-def _trainable_module(run: PlannedRun, network: Any, encoders: Sequence[nn.Module], unet: nn.Module) -> TrainableModule:
+def _texts(run: PlannedRun, modules: Sequence[nn.Module]) -> TextEncoders:
+    return TextEncoders(specs=run.base.family.text_encoders, tokenizers=run.base.load_tokenizers(), modules=modules)
+
+
+def _texts_for_the_loop(run: PlannedRun, *, known: bool) -> TextEncoders:
+    """The text encoders: on the device where steps need them, on the CPU where previews alone do, else their structure."""
+    if known and not run.options.previews.prompts:
+        return _texts(run, for_adapters(run, run.base.empty_text_encoders()))
+    device = "cpu" if known else run.accelerator.device
+    return _texts(run, run.base.load_text_encoders(dtype=run.dtype, device=device))
+
+
+def _conditions_made_by_steps(run: PlannedRun, texts: TextEncoders) -> ConditionsOf:
+    make = partial(encoded, texts=texts, options=run.options.captions)
+    return make if run.options.network.train_text_encoder else RememberedConditions(make)
+
+
+def _encoder_for_the_cache(run: PlannedRun) -> ConditionsOf:
+    """What encodes captions as a step would."""
+    texts = _texts(run, run.base.load_text_encoders(dtype=run.dtype, device=run.accelerator.device))
+
+    def encode(captions: Sequence[str]) -> Condition:
+        with run.accelerator.autocast():
+            return encoded(captions, texts, run.options.captions).to(run.dtype)
+
+    return encode
+
+
+def _trainable_module(run: PlannedRun, network: Any, unet: nn.Module, conditions_of: ConditionsOf) -> TrainableModule:
     options = run.options
     schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=options.zero_terminal_snr)
     return TrainableModule(
@@ -153,26 +222,22 @@ def _trainable_module(run: PlannedRun, network: Any, encoders: Sequence[nn.Modul
         FrozenParts(
             family=run.base.family,
             denoiser=unet,
-            text_encoders=encoders,
-            tokenizers=run.base.load_tokenizers(),
+            conditions_of=conditions_of,
             schedule=schedule.to(run.accelerator.device),
             prediction_type=run.prediction_type,
             dtype=run.dtype,
         ),
-        captions=options.captions,
         noise=options.noise,
         loss=options.loss,
-        text_encoders_train=options.network.train_text_encoder,
     )
 
 
-def _batches(run: PlannedRun, latents: LatentCache | None) -> Iterator[Batch]:
-    """This process's micro-batches of the whole run, in the order of the plan."""
-    accelerator, options = run.accelerator, run.options
-    batches = TrainingBatches(
+def _training_batches(run: PlannedRun, latents: LatentCache | None) -> TrainingBatches:
+    accelerator = run.accelerator
+    return TrainingBatches(
         run.dataset,
         seed=run.seed,
-        draw=Draw(options.noise, run.seed),
+        draw=Draw(run.options.noise, run.seed),
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         latents=latents,
@@ -180,17 +245,29 @@ def _batches(run: PlannedRun, latents: LatentCache | None) -> Iterator[Batch]:
         size_conditions=run.base.family.size_conditions,
         max_train_steps=run.length.steps,
     )
-    length = run.length
-    addresses = [
-        address
-        for epoch in range(1, length.epochs + 1)
-        for address in epoch_addresses(
-            run.dataset, epoch, processes=accelerator.num_processes, accumulation=length.accumulation
-        )
-        if address.step < length.steps
-    ]
-    workers = prepare.data_workers(options.compute.data_workers)
-    return load_batches(batches, addresses, workers=workers, pin_memory=accelerator.device.type == "cuda")
+
+
+def _addresses(run: PlannedRun, epochs: int) -> Iterator[BatchAddress]:
+    """Where the micro-batches of the run's first epochs are, in the order of the plan."""
+    processes, length = run.accelerator.num_processes, run.length
+    for epoch in range(1, epochs + 1):
+        for address in epoch_addresses(run.dataset, epoch, processes=processes, accumulation=length.accumulation):
+            if address.step < length.steps:
+                yield address
+
+
+def _addresses_of_captions(run: PlannedRun) -> Iterator[BatchAddress]:
+    """Those at which every caption of the run is read; one epoch's where no caption changes."""
+    varies = any(subset.captions.varies for settings in run.dataset.settings for subset in settings.subsets)
+    return _addresses(run, run.length.epochs if varies else 1)
+
+
+def _batches(run: PlannedRun, latents: LatentCache | None) -> Iterator[Batch]:
+    """This process's micro-batches of the whole run."""
+    workers = prepare.data_workers(run.options.compute.data_workers)
+    addresses = list(_addresses(run, run.length.epochs))
+    pinned = run.accelerator.device.type == "cuda"
+    return load_batches(_training_batches(run, latents), addresses, workers=workers, pin_memory=pinned)
 
 
 def _divisor(run: PlannedRun) -> Callable[[int], float]:
@@ -252,7 +329,9 @@ def _largest_resolution(run: PlannedRun) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[int, int | None], None] | None:
+def _previews(
+    run: PlannedRun, module: TrainableModule, texts: TextEncoders, vae: Any
+) -> Callable[[int, int | None], None] | None:
     """What draws previews after (step, epoch ended), on the first process; None where no prompts are given."""
     options, requests = run.options.previews, run.preview_requests
     if not requests:
@@ -265,8 +344,8 @@ def _previews(run: PlannedRun, module: TrainableModule, vae: Any) -> Callable[[i
             family=parts.family,
             denoiser=parts.denoiser,
             vae=vae,
-            text_encoders=parts.text_encoders,
-            tokenizers=parts.tokenizers,
+            text_encoders=texts.modules,
+            tokenizers=texts.tokenizers,
             prediction_type=parts.prediction_type,
             zero_terminal_snr=run.options.zero_terminal_snr,
             others=[module.network],

@@ -14,7 +14,7 @@ from library.training.options import CaptionEncodingOptions
 CHUNK_LIMITS = (75, 150, 225)
 
 
-def cut_caption_notes(dataset: Dataset, tokenizer: Any, options: CaptionEncodingOptions) -> list[str]:
+def cut_caption_notes(dataset: Dataset, tokenizers: Sequence[Any], options: CaptionEncodingOptions) -> list[str]:
     """One sentence that names the images whose captions have more tokens than are read; nothing where all fit.
 
     Shuffling and dropping tags are left out of account: it is told what the whole caption needs.
@@ -23,7 +23,7 @@ def cut_caption_notes(dataset: Dataset, tokenizer: Any, options: CaptionEncoding
 
     def count(text: str) -> int:
         parts = prompt_weights.parse(text) if options.weighted_captions else [(text, 1.0)]
-        return sum(len(clip_text.token_ids(tokenizer, part)) for part, _ in parts)
+        return max(sum(len(clip_text.token_ids(own, part)) for part, _ in parts) for own in tokenizers)
 
     limit = options.max_token_length
     counted = {

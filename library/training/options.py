@@ -15,21 +15,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelOptions:
-    """Which base model. `v2` and `v_parameterization` are None where the user said nothing."""
+    """Which base model. `v2` and `v_parameterization` are None where the user said nothing.
+
+    Attributes:
+        family: name of the only one that is taken; None takes all.
+    """
 
     path: str
     vae: str | None = None
     v2: bool | None = None
     v_parameterization: bool | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEncodingOptions:
-    """How captions become conditions; `max_token_length` is 75, 150 or 225."""
+    """How captions become conditions.
+
+    Attributes:
+        clip_skip: the layer that is used, counted from the end; None for each text encoder's own.
+        max_token_length: 75, 150 or 225.
+        cache: encode all captions before the denoiser is loaded.
+        cache_to_disk: keep what comes of it in files; implies `cache`.
+    """
 
     clip_skip: int | None = None
     max_token_length: int = 75
     weighted_captions: bool = False
+    cache: bool = False
+    cache_to_disk: bool = False
+
+    @property
+    def caches(self) -> bool:
+        return self.cache or self.cache_to_disk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,7 @@ def _rate_lines(options: TrainingOptions, facts: PlanFacts) -> list[str]:
 def _compute_line(options: TrainingOptions, facts: PlanFacts) -> str:
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[options.compute.mixed_precision]
     extras = ["gradient checkpointing"] if options.compute.gradient_checkpointing else []
+    extras += ["captions encoded before training"] if options.captions.caches else []
     processes = f"{facts.processes} processes on " if facts.processes > 1 else "on "
     return ", ".join([f"{processes}{facts.device}", f"base model in {precision}, adapter in fp32", *extras])
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.checkpoints.base_model import BaseModelFiles, open_base_model
+from library.checkpoints.parts import UNET
 from library.dataset.dataset import Dataset, scan_dataset
 from library.devices import dtype_of
 from library.errors import UserError, attempt, raise_all
+from library.families.detect import FAMILIES
 from library.families.family import PredictionType
 from library.quiet import quiet_libraries
 from library.training import preparation as prepare
@@ -51,6 +53,12 @@ class PlannedRun:
         """Of the base model's weights and arithmetic."""
         return dtype_of(self.options.compute.mixed_precision)
 
+    @property
+    def bytes_of_a_condition(self) -> int:
+        """What the context of one caption takes."""
+        width: int = self.base.parts[UNET].config["cross_attention_dim"]
+        return (self.options.captions.max_token_length + 2) * width * self.dtype.itemsize
+
     def without(self, bad_images: Mapping[Path, str]) -> PlannedRun:
         """The run without images that cannot be read; its length follows."""
         dataset = self.dataset.without(bad_images.items())
@@ -74,9 +82,9 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     quiet_libraries()
     problems: list[UserError] = []
     attempt(lambda: prepare.check_names(options), problems)
-    find_unused = prepare.adapters_may_rest(options)
-    accelerator = attempt(lambda: prepare.build_accelerator(options.compute, find_unused=find_unused), problems)
     base = attempt(lambda: _open_base_model(options), problems)
+    find_unused = prepare.adapters_may_rest(options, base.family.text_encoders if base else ())
+    accelerator = attempt(lambda: prepare.build_accelerator(options.compute, find_unused=find_unused), problems)
     dataset = attempt(lambda: _scan_dataset(options, base), problems)
     preview_lines = attempt(lambda: _preview_lines(options), problems) or []
     raise_all(problems)
@@ -101,10 +109,14 @@ def _open_base_model(options: TrainingOptions) -> BaseModelFiles:
     """The base model, and whether the options suit it."""
     given = options.base
     base = open_base_model(given.path, vae_path=given.vae, v2=given.v2, v_parameterization=given.v_parameterization)
+    if given.family not in (None, base.family.name):
+        only = next(family.title for family in FAMILIES if family.name == given.family)
+        what = f"this is {base.family.title}, and this script trains {only} only"
+        raise UserError(what, where=str(base.path), remedy="use train_network.py, which takes every family")
     problems: list[UserError] = []
     attempt(lambda: options.loss.check_prediction_type(base.resolved_prediction_type), problems)
     attempt(lambda: base.check_clip_skip(options.captions.clip_skip), problems)
-    attempt(lambda: prepare.check_rates(options, len(base.family.text_encoder_prefixes)), problems)
+    attempt(lambda: prepare.check_rates(options, len(base.family.text_encoders)), problems)
     raise_all(problems)
     return base
 
@@ -148,14 +160,18 @@ def _common_seed(options: TrainingOptions, accelerator: Accelerator) -> int:
 
 def skeleton_network(run: PlannedRun) -> Any:
     """The network on a base without weights: arguments are checked and sizes known before anything is loaded."""
-    encoders = run.base.empty_text_encoders()
-    unet: Any = run.base.empty_denoiser()
-    if isinstance(load_network_module(run.options.network.module), ThirdPartyModule):
-        for model in (*encoders, unet):
-            model.to_empty(device="cpu")  # they may look at weights, of which meta tensors have none
+    encoders, (unet,) = for_adapters(run, run.base.empty_text_encoders()), for_adapters(run, [run.base.empty_denoiser()])
     network = attached_network(run, encoders, unet)
     prepare.rehearse(network, run.options, run.length.steps)
     return network
+
+
+def for_adapters(run: PlannedRun, empty: Sequence[Any]) -> Sequence[Any]:
+    """Models on the meta device; in memory for modules of other packages, which may look at weights."""
+    if isinstance(load_network_module(run.options.network.module), ThirdPartyModule):
+        for model in empty:
+            model.to_empty(device="cpu")
+    return empty
 
 
 def attached_network(run: PlannedRun, encoders: Sequence[nn.Module], unet: nn.Module) -> Any:
@@ -172,10 +188,9 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
     from library.dataset.report import report_lines
 
     own_rate = prepare.chooses_rate(run.options.optimizer)
-    (tokenizer,) = run.base.load_tokenizers()
     return PlanFacts(
         base_model=f"{run.base.name} ({run.base.family.title}), {run.base.path}",
-        base_notes=run.base.notes(),
+        base_notes=[*run.base.notes(), *prepare.layer_notes(run.options.captions, run.base.family)],
         prediction={"epsilon": "the noise", "v_prediction": "the velocity"}[run.prediction_type],
         seed=run.seed,
         length=run.length,
@@ -188,10 +203,10 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
                 epochs=run.length.epochs,
                 cut_short=run.length.epoch_ended_by(run.length.steps) is None,
             ),
-            *cut_caption_notes(run.dataset, tokenizer, run.options.captions),
+            *cut_caption_notes(run.dataset, run.base.load_tokenizers(), run.options.captions),
         ],
         network_lines=prepare.network_lines(network, run.options.network, own_rate=own_rate),
-        rates=prepare.part_rates(run.options.optimizer, run.options.network),
+        rates=prepare.part_rates(run.options.optimizer, run.options.network, len(run.base.family.text_encoders)),
         own_rate=own_rate,
         optimizer=prepare.optimizer_title(run.options.optimizer, run.accelerator.device.type),
         device=str(run.accelerator.device),

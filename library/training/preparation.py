@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.devices import best_device, compute_dtype
 from library.errors import UserError, attempt, counted, raise_all
+from library.families.family import ModelFamily, TextEncoder
 from library.training.lr_schedules import rehearse_schedule
 from library.training.optimizers import (
     build_optimizer,
@@ -17,7 +18,13 @@ from library.training.optimizers import (
     optimizer_settings,
     rehearse_optimizer,
 )
-from library.training.options import ComputeOptions, NetworkOptions, OptimizerOptions, TrainingOptions
+from library.training.options import (
+    CaptionEncodingOptions,
+    ComputeOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    TrainingOptions,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,18 +69,30 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
     return Accelerator(mixed_precision=compute.mixed_precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
 
 
-def adapters_may_rest(options: TrainingOptions) -> bool:
-    """Whether a step may pass without some parameters: an adapter's layer is dropped, clip skip leaves it out, or its
-    algorithm trains one part of it at a time; whether third-party modules do is not known."""
+def adapters_may_rest(options: TrainingOptions, encoders: Sequence[TextEncoder]) -> bool:
+    """Whether a step may pass without some parameters: an adapter's layer is dropped or lies behind the one that is used,
+    or its algorithm trains one part of it at a time; whether third-party modules do is not known."""
     from networks.building.creation import algorithms_used
     from networks.registry import load_network_module
 
-    if options.captions.clip_skip not in (None, 1) or options.network.args.get("module_dropout", "0") != "0":
+    clip_skip = options.captions.clip_skip
+    unused_layers = any((clip_skip or each.last_used) > 1 and not each.gives_pooled for each in encoders)
+    if unused_layers or options.network.args.get("module_dropout", "0") != "0":
         return True
     module = attempt(lambda: load_network_module(options.network.module), [])
     own = getattr(module, "ALGORITHM", None)
     used = attempt(lambda: algorithms_used(own, options.network.args), []) if own is not None else None
     return used is None or any(each.rests for each in used)
+
+
+def layer_notes(options: CaptionEncodingOptions, family: ModelFamily) -> list[str]:
+    """What --clip_skip changes, where it does."""
+    usual = sorted({encoder.last_used for encoder in family.text_encoders})
+    if options.clip_skip is None or usual == [options.clip_skip]:
+        return []
+    instead = "the last" if usual == [1] else f"layer {'/'.join(map(str, usual))}"
+    encoders = "the text encoder gives" if len(family.text_encoders) == 1 else "the text encoders give"
+    return [f"{encoders} layer {options.clip_skip} from the end (--clip_skip) instead of {instead}"]
 
 
 def chooses_rate(options: OptimizerOptions) -> bool:
@@ -87,29 +106,36 @@ def optimizer_title(options: OptimizerOptions, device: str) -> str:
     return f"{options.type} (not paged, as there is no GPU)" if unpaged else options.type
 
 
-def part_rates(options: OptimizerOptions, network: NetworkOptions) -> dict[str, float | None]:
-    """The learning rate of each part; None where it is not adapted, 0 where it is left as it is."""
-    text_encoder = options.text_encoder_lr[0] if options.text_encoder_lr else options.learning_rate
+def part_rates(options: OptimizerOptions, network: NetworkOptions, encoders: int) -> dict[str, float | None]:
+    """The learning rate of each part; None where it is not adapted, 0 where it is left as it is.
+
+    Args:
+        encoders: text encoders of the base model; a single rate is that of all of them.
+    """
+    rates = options.text_encoder_lr or (options.learning_rate,)
+    titles = ["text encoder"] if encoders == 1 else [f"text encoder {number}" for number in range(1, encoders + 1)]
+    each = rates * encoders if len(rates) == 1 else rates
     unet = options.learning_rate if options.unet_lr is None else options.unet_lr
     return {
-        "text encoder": text_encoder if network.train_text_encoder else None,
+        **{title: rate if network.train_text_encoder else None for title, rate in zip(titles, each, strict=False)},
         "U-Net": unet if network.train_unet else None,
     }
 
 
 def check_rates(options: TrainingOptions, encoders: int) -> None:
-    """Refuse rates that leave nothing to train, or more text encoder rates than encoders.
+    """Refuse rates that leave nothing to train, or text encoder rates that are neither one nor one for each.
 
     Raises:
         UserError
     """
     rates = options.optimizer.text_encoder_lr
-    if len(rates) > encoders:
+    if len(rates) not in (0, 1, encoders):
         shown = " ".join(f"{rate:g}" for rate in rates)
+        remedy = "give one rate" + ("" if encoders == 1 else ", or one for each")
         raise UserError(
-            f"this base model has {encoders} text encoder", where=f"--text_encoder_lr {shown}", remedy="give one rate"
+            f"this base model has {counted(encoders, 'text encoder')}", where=f"--text_encoder_lr {shown}", remedy=remedy
         )
-    if not any(part_rates(options.optimizer, options.network).values()):
+    if not any(part_rates(options.optimizer, options.network, encoders).values()):
         raise UserError("every learning rate is 0, so nothing would be trained", remedy="give --learning_rate 1e-4 or so")
 
 
@@ -153,8 +179,15 @@ def optimizer_groups(network: Any, options: TrainingOptions) -> tuple[list[dict[
     Raises:
         UserError: no group is left.
     """
-    rates = part_rates(options.optimizer, options.network)
-    result = network.prepare_optimizer_params(rates["text encoder"], rates["U-Net"], options.optimizer.learning_rate)
+    own, adapted = options.optimizer, options.network
+    several = list(own.text_encoder_lr) or [own.learning_rate]
+    text_encoder_lr = several[0] if len(several) == 1 else several
+    unet_lr = own.learning_rate if own.unet_lr is None else own.unet_lr
+    result = network.prepare_optimizer_params(
+        text_encoder_lr if adapted.train_text_encoder else None,
+        unet_lr if adapted.train_unet else None,
+        own.learning_rate,
+    )
     groups, names = result if isinstance(result, tuple) else (result, None)
     if not groups:
         raise UserError("no part of the network has a learning rate above 0", remedy="give --learning_rate 1e-4 or so")

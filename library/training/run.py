@@ -5,7 +5,7 @@ options -> plan (printed) -> caches -> base model -> network -> loop -> file; ea
 
 from __future__ import annotations
 
-from library.training.assembly import build_loop, with_latents
+from library.training.assembly import build_loop, with_latents, with_texts
 from library.training.options import TrainingOptions
 from library.training.plan import plan_text
 from library.training.planning import PlannedRun, plan_facts, plan_run, skeleton_network
@@ -38,7 +38,7 @@ def run_training(options: TrainingOptions) -> int:
         make_writable_folder(options.logging.folder, f"--logging_dir {options.logging.folder}")
     del skeleton
     run, latents = with_latents(run)
-    parts = build_loop(run, latents)
+    parts = build_loop(run, latents, with_texts(run))
     try:
         return finish(run, parts, run_loop(parts))
     finally:

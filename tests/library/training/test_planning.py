@@ -6,6 +6,7 @@ import pytest
 
 from library.cli.training import parse_training, training_options
 from library.errors import UserError
+from library.families.sd1 import SD1
 from library.training import preparation
 from library.training.planning import plan_run
 
@@ -46,11 +47,11 @@ def test_mistakes_of_different_rooms_are_named_together(tmp_path):
 )
 def test_ddp_is_told_where_parameters_have_no_part_in_a_step(module, arguments, rests):
     options = training_options(parse_training([f"--network_module={module}", *REQUIRED, *arguments]))
-    assert preparation.adapters_may_rest(options) == rests
+    assert preparation.adapters_may_rest(options, SD1.text_encoders) == rests
 
 
 def test_of_other_packages_modules_it_is_not_known(tmp_path, monkeypatch):
     (tmp_path / "rests_perhaps.py").write_text("def create_network(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     options = training_options(parse_training(["--network_module=rests_perhaps", *REQUIRED]))
-    assert preparation.adapters_may_rest(options)
+    assert preparation.adapters_may_rest(options, SD1.text_encoders)
