@@ -177,7 +177,7 @@ def test_captions_encoded_before_training_change_nothing_in_memory_or_on_disk(tr
 def test_too_many_captions_leave_the_text_encoders_where_they_are(train, monkeypatch):
     from library.training import text_cache
 
-    monkeypatch.setattr(text_cache, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(text_cache, "MOST_BYTES", 30_000)
     _, plain = train(*VARIED, out="plain")
     finished, out = train(*VARIED, "--cache_text_encoder_outputs", out="cached")
     assert re.search(r"text cache: the run has more than \d+ different captions, so the text encoders stay", finished.out)

@@ -1,4 +1,4 @@
-"""Cached conditions are those that a step would compute, whatever happened to the cache; only what is stale is made again."""
+"""Cached conditions are those that a step would compute, whatever happened to the cache; only the stale is made again."""
 
 from __future__ import annotations
 
