@@ -116,7 +116,7 @@ def _open_base_model(options: TrainingOptions) -> BaseModelFiles:
     problems: list[UserError] = []
     attempt(lambda: options.loss.check_prediction_type(base.resolved_prediction_type), problems)
     attempt(lambda: base.check_clip_skip(options.captions.clip_skip), problems)
-    attempt(lambda: prepare.check_rates(options, len(base.family.text_encoders)), problems)
+    attempt(lambda: prepare.check_rates(options, base.family.text_encoders), problems)
     raise_all(problems)
     return base
 
@@ -206,7 +206,7 @@ def plan_facts(run: PlannedRun, network: Any) -> PlanFacts:
             *cut_caption_notes(run.dataset, run.base.load_tokenizers(), run.options.captions),
         ],
         network_lines=prepare.network_lines(network, run.options.network, own_rate=own_rate),
-        rates=prepare.part_rates(run.options.optimizer, run.options.network, len(run.base.family.text_encoders)),
+        rates=prepare.part_rates(run.options.optimizer, run.options.network, run.base.family.text_encoders),
         own_rate=own_rate,
         optimizer=prepare.optimizer_title(run.options.optimizer, run.accelerator.device.type),
         device=str(run.accelerator.device),

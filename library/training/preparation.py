@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.parts import PART_TITLES, UNET
 from library.devices import best_device, compute_dtype
 from library.errors import UserError, attempt, counted, raise_all
 from library.families.family import ModelFamily, TextEncoder
@@ -106,34 +107,40 @@ def optimizer_title(options: OptimizerOptions, device: str) -> str:
     return f"{options.type} (not paged, as there is no GPU)" if unpaged else options.type
 
 
-def part_rates(options: OptimizerOptions, network: NetworkOptions, encoders: int) -> dict[str, float | None]:
-    """The learning rate of each part; None where it is not adapted, 0 where it is left as it is.
+def part_rates(
+    options: OptimizerOptions, network: NetworkOptions, encoders: Sequence[TextEncoder]
+) -> dict[str, float | None]:
+    """The learning rate of each part by its title; None where it is not adapted, 0 where it is left as it is.
 
     Args:
-        encoders: text encoders of the base model; a single rate is that of all of them.
+        encoders: those of the base model; a single rate is that of all of them.
     """
     rates = options.text_encoder_lr or (options.learning_rate,)
-    titles = ["text encoder"] if encoders == 1 else [f"text encoder {number}" for number in range(1, encoders + 1)]
-    each = rates * encoders if len(rates) == 1 else rates
+    each = rates * len(encoders) if len(rates) == 1 else rates
     unet = options.learning_rate if options.unet_lr is None else options.unet_lr
     return {
-        **{title: rate if network.train_text_encoder else None for title, rate in zip(titles, each, strict=False)},
-        "U-Net": unet if network.train_unet else None,
+        **{
+            PART_TITLES[encoder.part]: rate if network.train_text_encoder else None
+            for encoder, rate in zip(encoders, each, strict=True)
+        },
+        PART_TITLES[UNET]: unet if network.train_unet else None,
     }
 
 
-def check_rates(options: TrainingOptions, encoders: int) -> None:
+def check_rates(options: TrainingOptions, encoders: Sequence[TextEncoder]) -> None:
     """Refuse rates that leave nothing to train, or text encoder rates that are neither one nor one for each.
 
     Raises:
         UserError
     """
     rates = options.optimizer.text_encoder_lr
-    if len(rates) not in (0, 1, encoders):
+    if len(rates) not in (0, 1, len(encoders)):
         shown = " ".join(f"{rate:g}" for rate in rates)
-        remedy = "give one rate" + ("" if encoders == 1 else ", or one for each")
+        remedy = "give one rate" + ("" if len(encoders) == 1 else ", or one for each")
         raise UserError(
-            f"this base model has {counted(encoders, 'text encoder')}", where=f"--text_encoder_lr {shown}", remedy=remedy
+            f"this base model has {counted(len(encoders), 'text encoder')}",
+            where=f"--text_encoder_lr {shown}",
+            remedy=remedy,
         )
     if not any(part_rates(options.optimizer, options.network, encoders).values()):
         raise UserError("every learning rate is 0, so nothing would be trained", remedy="give --learning_rate 1e-4 or so")
@@ -246,10 +253,11 @@ def network_lines(network: Any, options: NetworkOptions, *, own_rate: bool = Fal
     if not hasattr(network, "describe"):
         return lines
     rows = network.describe()
-    for part, title in (("text_encoder", "text encoder"), ("denoiser", "U-Net")):
+    for part in dict.fromkeys(row.part for row in rows):
+        title = PART_TITLES.get(part, PART_TITLES[UNET])
         own = [row for row in rows if row.part == part]
-        whole = [_summed(own)] if own else []
-        alike = whole and len(whole[0].learning_rates) <= 1 and max(len(whole[0].ranks), len(whole[0].alphas)) <= 2
+        whole = [_summed(own)]
+        alike = len(whole[0].learning_rates) <= 1 and max(len(whole[0].ranks), len(whole[0].alphas)) <= 2
         for row in whole if alike else own:
             place = title if alike or row.block is None else f"{title} block {row.block}"
             lines.append(f"{place}: {_row_text(row, own_rate=own_rate)}")
