@@ -39,13 +39,18 @@ def dataset(images) -> Path:
     return dataset_file(images.parent / "dataset.toml", images, dataset="resolution = 64\nbatch_size = 2")
 
 
+of_families = pytest.mark.parametrize("train", ["tiny_sd1_folder", "tiny_sdxl_folder"], indirect=True)
+"""Tests of what one text encoder without sizes, and two with them, have to show alike."""
+
+
 @pytest.fixture
-def train(capsys, tmp_path, tiny_sd1_folder, dataset):
+def train(request, capsys, tmp_path, dataset):
     """Runs a short training with given options on top of the usual ones, and returns (how it ended, output folder)."""
+    base = request.getfixturevalue(getattr(request, "param", "tiny_sd1_folder"))
 
     def run(*options: object, out: str = "out", **named: object):
         arguments: dict[str, object] = {
-            "pretrained_model_name_or_path": tiny_sd1_folder,
+            "pretrained_model_name_or_path": base,
             "dataset_config": dataset,
             "output_dir": tmp_path / out,
             "output_name": "mine",
@@ -130,6 +135,7 @@ def equal(first: Path, second: Path) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
+@of_families
 def test_the_same_command_gives_the_same_weights_with_any_number_of_workers(train):
     options = ("--shuffle_caption", "--flip_aug", "--caption_dropout_rate", 0.3, "--network_dropout", 0.2)
     folders = [train(*options, out=f"{workers}", max_data_loader_n_workers=workers)[1] for workers in (0, 0, 2)]
@@ -145,6 +151,7 @@ def difference(first: Path, second: Path) -> float:
     return float((apart / sum(one[key].double().pow(2).sum() for key in one)).sqrt())
 
 
+@of_families
 def test_cached_latents_change_nothing_in_memory_or_on_disk(train, images):
     _, plain = train(out="plain")
     _, memory = train("--cache_latents", out="memory")
@@ -158,6 +165,7 @@ def test_cached_latents_change_nothing_in_memory_or_on_disk(train, images):
 VARIED = ("--shuffle_caption", "--caption_dropout_rate", 0.3, "--network_train_unet_only")
 
 
+@of_families
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_captions_encoded_before_training_change_nothing_in_memory_or_on_disk(train, images, precision):
     options = (*VARIED, "--mixed_precision", precision, "--optimizer_type", "SGD")
@@ -184,16 +192,18 @@ def test_too_many_captions_leave_the_text_encoders_where_they_are(train, monkeyp
     assert equal(plain, out)
 
 
+@of_families
 def test_gradient_checkpointing_changes_nothing(train):
     _, plain = train("--network_dropout", 0.3, out="plain", optimizer_type="SGD")
     _, saving = train("--network_dropout", 0.3, "--gradient_checkpointing", out="saving", optimizer_type="SGD")
     assert difference(plain, saving) < 1e-6
 
 
+@of_families
 def test_only_the_chosen_part_is_trained_and_saved(train):
     for option, prefix in (
         ("--network_train_unet_only", "lora_unet_"),
-        ("--network_train_text_encoder_only", "lora_te_"),
+        ("--network_train_text_encoder_only", "lora_te"),
     ):
         _, out = train(option, out=prefix)
         assert all(key.startswith(prefix) for key in load_file(out / "mine.safetensors"))
@@ -324,21 +334,30 @@ def test_captions_that_are_cut_off_are_named(train, tmp_path, limit, told):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "module"), [("SGD", "networks.lora"), ("AdamW", "networks.lora"), ("SGD", "networks.dylora")]
+    ("optimizer", "module", "kind"),
+    [
+        ("SGD", "networks.lora", "tiny_sd1_folder"),
+        ("AdamW", "networks.lora", "tiny_sd1_folder"),
+        ("SGD", "networks.dylora", "tiny_sd1_folder"),
+        ("SGD", "networks.lora", "tiny_sdxl_folder"),
+    ],
 )
-def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, tmp_path, tiny_sd1_folder, optimizer, module):
-    """With buckets of 3 and 2 images, batches of 2 x 1 or 1 x 2 leave incomplete ones."""
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch(train, tmp_path, request, optimizer, module, kind):
+    """With buckets of 3 and 2 images, batches of 2 x 1 or 1 x 2 leave incomplete ones. Where text encoders train, the last
+    layer of one of two is not used, which DDP has to be told."""
+    base = request.getfixturevalue(kind)
     images = draw_images(tmp_path / "two", 5, [(64, 64), (128, 64)])
     buckets = "resolution = 96\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 128\nbatch_size = {}"
-    options = ["--optimizer_type", optimizer, "--network_train_unet_only"]
+    options = ["--optimizer_type", optimizer, *([] if "sdxl" in kind else ["--network_train_unet_only"])]
     if optimizer == "AdamW":  # its default of 1e-8 makes whole steps of gradients that are nothing but rounding
         options += ["--optimizer_args", "eps=1e-3"]
     one = dataset_file(tmp_path / "one.toml", images, dataset=buckets.format(2))
-    finished, single = train(*options, out="single", dataset_config=one, max_train_steps=4, network_module=module)
+    single_process = {"dataset_config": one, "max_train_steps": 4, "network_module": module}
+    finished, single = train(*options, out="single", pretrained_model_name_or_path=base, **single_process)
     finished.require_success()
     two = dataset_file(tmp_path / "two.toml", images, dataset=buckets.format(1))
     arguments = {
-        "pretrained_model_name_or_path": tiny_sd1_folder,
+        "pretrained_model_name_or_path": base,
         "dataset_config": two,
         "output_dir": tmp_path / "double",
         "output_name": "mine",

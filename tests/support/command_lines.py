@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,14 @@ def run_script(script: str, *arguments: object, cwd: Path = ROOT) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def train_here(capsys, *arguments: object) -> Finished:
-    """Run train_network.py inside this process, which saves the seconds that importing torch takes."""
+def train_here(capsys, *arguments: object, door: str = "train_network") -> Finished:
+    """Run train_network.py, or another door, inside this process, which saves the seconds that importing torch takes."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    import train_network
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     capsys.readouterr()
-    status = train_network.main([str(argument) for argument in arguments])
+    status = import_module(door).main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return Finished(status, captured.out, captured.err)
 
