@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.families.detect import FAMILIES
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
 from networks import lora
@@ -29,7 +30,7 @@ def dataset(tmp_path_factory):
     )
 
 
-@pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder"])
+@pytest.fixture(params=["tiny_sd1_folder", "tiny_sd2_folder", "tiny_sdxl_folder"])
 def base(request):
     return request.getfixturevalue(request.param)
 
@@ -156,8 +157,10 @@ def test_every_algorithm_is_trained_saved_and_read(train, title, base):
     with safe_open(path, "pt") as file:
         variants = json.loads(file.metadata()["ss_network_variants"])
     assert sum(count for variant, count in variants.items() if variant.startswith(title)) > 50
-    parts = build_tiny_parts(SD1 if "sd1" in str(base) else SD2)
-    network, _ = lora.create_network_from_weights(1.0, path, None, parts["text_encoder"], parts["unet"])
+    family = next(family for family in FAMILIES if base.name == f"tiny_{family.name}")
+    parts = build_tiny_parts(family)
+    encoders = [parts[encoder.part] for encoder in family.text_encoders]
+    network, _ = lora.create_network_from_weights(1.0, path, None, encoders, parts["unet"])
     assert len(network.targets) == sum(variants.values())
     changes = [adapter.delta_weight(target.layer.weight).abs().max() for target, adapter in network.items()]
     assert sum(change > 0 for change in changes) > 0.9 * len(changes), "two steps have moved nearly all layers"

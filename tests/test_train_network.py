@@ -165,8 +165,11 @@ def test_cached_latents_change_nothing_in_memory_or_on_disk(train, images):
 VARIED = ("--shuffle_caption", "--caption_dropout_rate", 0.3, "--network_train_unet_only")
 
 
-@of_families
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("train", "precision"),
+    [("tiny_sd1_folder", "no"), ("tiny_sdxl_folder", "no"), ("tiny_sdxl_folder", "bf16")],
+    indirect=["train"],
+)
 def test_captions_encoded_before_training_change_nothing_in_memory_or_on_disk(train, images, precision):
     options = (*VARIED, "--mixed_precision", precision, "--optimizer_type", "SGD")
     _, plain = train(*options, out="plain")
