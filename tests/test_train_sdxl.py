@@ -88,9 +88,7 @@ def test_rates_are_one_or_one_for_each(train):
 @pytest.mark.parametrize("kind", ["tiny_sd1_folder", "tiny_sd2_folder"])
 def test_this_door_refuses_other_families(train, request, kind):
     finished, _ = train(base=request.getfixturevalue(kind))
-    assert_refused(
-        finished, "and this script trains Stable Diffusion XL only; use train_network.py, which takes every family"
-    )
+    assert_refused(finished, "and this script is for Stable Diffusion XL only; use the one without sdxl_ in its name")
 
 
 def test_v2_is_refused_and_what_else_belongs_to_old_command_lines_is_said(train):

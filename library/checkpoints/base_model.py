@@ -159,8 +159,10 @@ def open_base_model(
         raise UserError(f"is {model.family.title}", where=str(model.path), remedy=remedy)
     if family not in (None, model.family.name):
         wanted = next(each.title for each in FAMILIES if each.name == family)
-        what = f"is {model.family.title}, and this command is for {wanted}"
-        raise UserError(what, where=str(model.path), remedy="use the command without sdxl_ in its name")
+        what = f"is {model.family.title}, and this script is for {wanted} only"
+        raise UserError(
+            what, where=str(model.path), remedy="use the one without sdxl_ in its name, which takes every family"
+        )
     if vae_path is None:
         return model
     vae = open_vae(vae_path, model.family)

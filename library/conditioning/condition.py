@@ -22,10 +22,10 @@ class Condition:
     context: Tensor
     pooled: Tensor | None = None
 
-    def to(self, *place_or_type: torch.device | torch.dtype | str) -> Condition:
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Condition:
         """The same on another device or in another type."""
-        pooled = None if self.pooled is None else self.pooled.to(*place_or_type)
-        return Condition(self.context.to(*place_or_type), pooled)
+        pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
+        return Condition(self.context.to(device=device, dtype=dtype), pooled)
 
     @property
     def nbytes(self) -> int:

@@ -71,8 +71,13 @@ def _check_embedding(file: Path) -> None:
 def _open_base_model(model: ModelOptions) -> BaseModelFiles:
     from library.checkpoints.base_model import open_base_model
 
-    said = {"v2": model.v2, "v_parameterization": model.v_parameterization, "family": model.family}
-    return open_base_model(model.path, vae_path=model.vae, **said)
+    return open_base_model(
+        model.path,
+        vae_path=model.vae,
+        v2=model.v2,
+        v_parameterization=model.v_parameterization,
+        family=model.family,
+    )
 
 
 def open_refiner(model: ModelOptions, base_model: BaseModelFiles) -> BaseModelFiles | None:

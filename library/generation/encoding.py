@@ -98,7 +98,7 @@ class PromptEncoder:
                 whole_chunks=True,
                 around=partial(on_device, device=device, stays=self._stays),
             )
-            self._known[key] = condition.to(device)
+            self._known[key] = condition.to(device=device)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)

@@ -120,4 +120,4 @@ class BatchPredictions:
                 )
                 for row, owner, state, prepare in places
             ]
-            self._states, self._condition = states, joined(conditions).to(self._dtype)
+            self._states, self._condition = states, joined(conditions).to(dtype=self._dtype)

@@ -69,7 +69,7 @@ class TrainableModule(nn.Module):
         latents = posterior_sample(latent_mean, latent_std, draws, parts.family.latent_scale)
         target_noise, input_noise = noise_of(draws, latents, self._noise)
         noisy = parts.schedule.add_noise(latents, input_noise, draws.timestep)
-        told = parts.conditions_of(batch.captions).to(parts.dtype).denoiser_arguments(batch.sizes)
+        told = parts.conditions_of(batch.captions).to(dtype=parts.dtype).denoiser_arguments(batch.sizes)
         prediction = parts.denoiser(noisy.to(parts.dtype), draws.timestep, return_dict=False, **told)[0]
         target = target_of(parts.prediction_type, parts.schedule, latents, target_noise, draws.timestep)
         losses = sample_losses(

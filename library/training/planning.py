@@ -16,7 +16,6 @@ from library.checkpoints.parts import UNET
 from library.dataset.dataset import Dataset, scan_dataset
 from library.devices import dtype_of
 from library.errors import UserError, attempt, raise_all
-from library.families.detect import FAMILIES
 from library.families.family import PredictionType
 from library.quiet import quiet_libraries
 from library.training import preparation as prepare
@@ -108,11 +107,9 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
 def _open_base_model(options: TrainingOptions) -> BaseModelFiles:
     """The base model, and whether the options suit it."""
     given = options.base
-    base = open_base_model(given.path, vae_path=given.vae, v2=given.v2, v_parameterization=given.v_parameterization)
-    if given.family not in (None, base.family.name):
-        only = next(family.title for family in FAMILIES if family.name == given.family)
-        what = f"this is {base.family.title}, and this script trains {only} only"
-        raise UserError(what, where=str(base.path), remedy="use train_network.py, which takes every family")
+    base = open_base_model(
+        given.path, vae_path=given.vae, v2=given.v2, v_parameterization=given.v_parameterization, family=given.family
+    )
     problems: list[UserError] = []
     attempt(lambda: options.loss.check_prediction_type(base.resolved_prediction_type), problems)
     attempt(lambda: base.check_clip_skip(options.captions.clip_skip), problems)

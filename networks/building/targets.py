@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -58,7 +59,7 @@ def family_of_models(text_encoder: nn.Module | Sequence[nn.Module] | None, unet:
     Raises:
         UserError: more text encoders than the U-Net's family has.
     """
-    encoders = text_encoder_list(text_encoder)
+    encoders: list[Any] = [*text_encoder_list(text_encoder)]
     configs = [encoder.config.to_dict() for encoder in encoders if hasattr(encoder, "config")]
     family = family_of_configs(dict(getattr(unet, "config", {})), configs)
     if len(encoders) > len(family.text_encoders):
