@@ -209,7 +209,7 @@ def _encoder_for_the_cache(run: PlannedRun) -> ConditionsOf:
 
     def encode(captions: Sequence[str]) -> Condition:
         with run.accelerator.autocast():
-            return encoded(captions, texts, run.options.captions).to(run.dtype)
+            return encoded(captions, texts, run.options.captions).to(dtype=run.dtype)
 
     return encode
 

@@ -148,7 +148,7 @@ def fill(
     for start in range(0, len(missing), AT_ONCE):
         several = missing[start : start + AT_ONCE]
         with torch.no_grad():
-            conditions = encode(several).to("cpu").split()
+            conditions = encode(several).to(device=torch.device("cpu")).split()
         for caption, condition in zip(several, conditions, strict=True):
             _check_finite(caption, condition)
             # a copy: what is split off a batch would keep the whole batch in memory
