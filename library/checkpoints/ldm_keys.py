@@ -129,6 +129,16 @@ def _unet_encoder_pairs(config: Mapping[str, Any]) -> Pairs:
             yield f"input_blocks.{places * (block + 1)}.0.op", f"down_blocks.{block}.downsamplers.0.conv"
 
 
+def transformer_depth(config: Mapping[str, Any], attention: str) -> int:
+    """How many transformer blocks an attention block of a U-Net has, by its name there ("up_blocks.0.attentions.1")."""
+    depths = config.get("transformer_layers_per_block", 1)
+    if isinstance(depths, int):
+        return depths
+    side, level, *_ = attention.split(".")
+    of_side = {"down_blocks": depths, "up_blocks": depths[::-1]}
+    return int(of_side[side][int(level)] if side in of_side else depths[-1])
+
+
 def control_net_table(config: Mapping[str, Any]) -> KeyTable:
     """For a ControlNet of diffusers' configuration `config`."""
     return KeyTable(_control_net_pairs(config))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from library.checkpoints.ldm_keys import KeyTable
-from library.checkpoints.parts import PART_TITLES, SHOWN, TEXT_CLASSES, ModelPart
+from library.checkpoints.ldm_keys import KeyTable, transformer_depth
+from library.checkpoints.parts import PART_TITLES, SHOWN, TEXT_CLASSES, UNET, ModelPart
 from library.errors import UserError, some_names
 
 _TEXT_LAYERS = "encoder.layers."
@@ -57,8 +57,11 @@ def _layers(part: ModelPart, table: KeyTable) -> Iterator[str]:
     for _, module in table.pairs():
         if part.kind in TEXT_CLASSES and module == "encoder":
             yield from (f"{_TEXT_LAYERS}{number}" for number in range(part.config["num_hidden_layers"]))
-        else:
-            yield module
+            continue
+        yield module
+        if part.kind == UNET and ".attentions." in module:
+            depth = transformer_depth(part.config, module)
+            yield from (f"{module}.transformer_blocks.{number}" for number in range(depth))
 
 
 def _owner(name: str, layers: dict[str, set[str]]) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from library.checkpoints.ldm_keys import unet_table
+from library.checkpoints.ldm_keys import transformer_depth, unet_table
 from library.families.family import LayerWording, ModelFamily, TextEncoder
 
 Part = Literal["text_encoder", "text_encoder_2", "denoiser"]
@@ -150,12 +150,7 @@ def _layers(family: ModelFamily) -> Iterator[LayerName]:
 def _attention_block(module: str, config: Mapping[str, Any]) -> Iterator[str]:
     """The layers of an attention block, which has as many transformers as its level of the U-Net says."""
     yield from ("norm", "proj_in", "proj_out")
-    depths = config.get("transformer_layers_per_block", 1)
-    if not isinstance(depths, int):
-        side, level, *_ = module.split(".")
-        of_side = {"down_blocks": depths, "up_blocks": depths[::-1]}
-        depths = of_side[side][int(level)] if side in of_side else depths[-1]
-    for number in range(depths):
+    for number in range(transformer_depth(config, module)):
         yield from (f"transformer_blocks.{number}.{name}" for name in _TRANSFORMER_LAYERS)
 
 
