@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
-from tests.support.tiny_models import build_tiny_parts
+from library.families.sdxl import SDXL
+from tests.support.tiny_models import POOLED, build_tiny_parts
 
 
 class Models:
@@ -19,19 +20,26 @@ class Models:
     def __init__(self, family) -> None:
         self.family = family
         parts = build_tiny_parts(family)
-        self.unet, self.text_encoder, self.vae = parts["unet"], parts["text_encoder"], parts["vae"]
+        self.unet, self.vae = parts["unet"], parts["vae"]
+        self.text_encoders = [parts[encoder.part] for encoder in family.text_encoders]
+        self.text_encoder = self.text_encoders[0] if len(self.text_encoders) == 1 else self.text_encoders
         for part in parts.values():
             part.requires_grad_(False)
         stream = torch.Generator().manual_seed(5)
         self.latents = torch.randn(2, 4, 16, 16, generator=stream)  # the lowest level has 4 places to attend to
-        self.context = torch.randn(2, 7, 32, generator=stream)
+        self.context = torch.randn(2, 7, self.unet.config.cross_attention_dim, generator=stream)
         self.tokens = torch.randint(0, 49000, (2, 12), generator=stream)
+        self.added = {"text_embeds": torch.randn(2, POOLED, generator=stream), "time_ids": torch.full((2, 6), 64.0)}
 
-    def picture(self) -> Tensor:
-        return self.unet(self.latents, torch.tensor([10, 500]), self.context).sample
+    def picture(self, unet: nn.Module | None = None) -> Tensor:
+        added = self.added if self.family.size_conditions else None
+        return (unet or self.unet)(self.latents, torch.tensor([10, 500]), self.context, added_cond_kwargs=added).sample
 
-    def text(self) -> Tensor:
-        return self.text_encoder(self.tokens).last_hidden_state
+    def text(self, text_encoders: Sequence[nn.Module] | None = None) -> Tensor:
+        """What all text encoders make of the tokens, side by side; and the pooled text, where there is one."""
+        found = [encoder(self.tokens) for encoder in text_encoders or self.text_encoders]
+        pooled = [each.text_embeds.flatten() for each in found if "text_embeds" in each]
+        return torch.cat([*(each.last_hidden_state.flatten() for each in found), *pooled])
 
     def both(self) -> Tensor:
         return torch.cat([self.picture().flatten(), self.text().flatten()])
@@ -43,11 +51,11 @@ def _clean(models: Models) -> Iterator[Models]:
         name: value.clone() for name, value in models.unet.state_dict().items() if "attn1.to_q" in name or "conv1" in name
     }
     yield models
-    for module in [*models.unet.modules(), *models.text_encoder.modules()]:
+    for module in [*models.unet.modules(), *(module for each in models.text_encoders for module in each.modules())]:
         module._forward_hooks.clear()
     for name, value in models.unet.state_dict().items():
         assert name not in before or torch.equal(value, before[name]), f"a test left {name} changed"
-    for model in (models.unet, models.text_encoder):
+    for model in (models.unet, *models.text_encoders):
         replaced = [name for name, module in model.named_modules() if _foreign_forward(module)]
         assert not replaced, f"a test left another program's layers on {len(replaced)} modules"
 
@@ -68,6 +76,11 @@ def _sd2() -> Models:
     return Models(SD2)
 
 
+@pytest.fixture(scope="session")
+def _sdxl() -> Models:
+    return Models(SDXL)
+
+
 @pytest.fixture
 def sd1(_sd1: Models) -> Iterator[Models]:
     """Tiny SD1, shared by all tests: hooks and weights must be as before afterwards."""
@@ -78,6 +91,18 @@ def sd1(_sd1: Models) -> Iterator[Models]:
 def sd2(_sd2: Models) -> Iterator[Models]:
     """Tiny SD2 with linear projections, likewise."""
     yield from _clean(_sd2)
+
+
+@pytest.fixture
+def sdxl(_sdxl: Models) -> Iterator[Models]:
+    """Tiny SDXL, likewise."""
+    yield from _clean(_sdxl)
+
+
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+def models(request: pytest.FixtureRequest) -> Models:
+    """Each of them in turn."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from networks import lora
-
-
-@pytest.fixture(params=["sd1", "sd2"])
-def models(request):
-    return request.getfixturevalue(request.param)
+from networks.formats.keys import split_key
+from networks.formats.layer_names import layer_names
 
 
 @pytest.fixture
@@ -20,9 +17,9 @@ def folder(request, models):
 
 
 def pipeline(folder):
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -36,21 +33,22 @@ def saved(models, perturb, tmp_path):
     return network, path
 
 
-def outputs(models, unet, text_encoder):
-    """What a model makes of the fixture's inputs."""
-    picture = unet(models.latents, torch.tensor([10, 500]), models.context).sample
-    return picture, text_encoder(models.tokens).last_hidden_state
+def outputs(models, pipe=None):
+    """What the fixture's models, or a pipeline's, make of the fixture's inputs."""
+    if pipe is None:
+        return models.picture(), models.text()
+    return models.picture(pipe.unet), models.text([getattr(pipe, encoder.part) for encoder in models.family.text_encoders])
 
 
 @torch.no_grad()
 def test_diffusers_reads_our_file_and_gives_the_same_outputs(models, folder, saved):
     network, path = saved
-    base = outputs(models, models.unet, models.text_encoder)
+    base = outputs(models)
     network.attach()
-    ours = outputs(models, models.unet, models.text_encoder)
+    ours = outputs(models)
     pipe = pipeline(folder)
     pipe.load_lora_weights(path.parent, weight_name=path.name)
-    theirs = outputs(models, pipe.unet, pipe.text_encoder)
+    theirs = outputs(models, pipe)
     for mine, other, plain in zip(ours, theirs, base, strict=True):
         assert (mine - plain).abs().max() > 0.05
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
@@ -65,7 +63,12 @@ def test_lycoris_reads_our_file_and_gives_the_same_picture(models, saved, monkey
     ours = models.picture()
     network.detach()
     # Its text-encoder names come from the modules in hand, which lost their text_model level in transformers 5.6.
-    weights = {key: value for key, value in load_file(path).items() if key.startswith("lora_unet")}
+    # Names of the U-Net's too: here diffusers'.
+    weights = {}
+    for key, value in load_file(path).items():
+        layer = layer_names(models.family).find(split_key(key)[0])
+        if layer.part == "denoiser":
+            weights[f"lora_unet_{layer.path.replace('.', '_')}.{split_key(key)[1]}"] = value
     # Its list of names clashes with its list of classes on diffusers' U-Net ("duplicated lora name").
     monkeypatch.setattr(lycoris.LycorisNetworkKohya, "UNET_TARGET_REPLACE_NAME", [])
     theirs, _ = lycoris.create_network_from_weights(1.0, str(path), None, None, models.unet, weights_sd=weights)
@@ -92,7 +95,7 @@ def test_a_file_of_diffusers_is_read(models, folder, tmp_path):
     pipe = pipeline(folder)
     config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False)
     pipe.unet.add_adapter(config)
-    expected = outputs(models, pipe.unet, models.text_encoder)[0]
+    expected = models.picture(pipe.unet)
     state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(pipe.unet).items()}
     kohya = convert_state_dict_to_kohya(state)
     kohya = {key: torch.tensor(2.0) if key.endswith("alpha") else value.contiguous() for key, value in kohya.items()}

@@ -34,22 +34,23 @@ UNET = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "dow
 TEXT_ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]
 
 
-@pytest.fixture(params=["sd1", "sd2"])
-def models(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(scope="module")
-def pipelines(tiny_sd1_folder, tiny_sd2_folder):
-    return {"sd1": pipeline(tiny_sd1_folder), "sd2": pipeline(tiny_sd2_folder)}
+def pipelines(tiny_sd1_folder, tiny_sd2_folder, tiny_sdxl_folder):
+    folders = {"sd1": tiny_sd1_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder}
+    return {name: pipeline(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture
 def pipe(models, pipelines):
     """diffusers' pipeline, with models of its own."""
     loaded = pipelines[models.family.name]
-    own = {part: deepcopy(loaded.components[part]) for part in ("unet", "text_encoder")}
-    return type(loaded)(**loaded.components | own, requires_safety_checker=False)
+    own = {part: deepcopy(loaded.components[part]) for part in models.family.adapter_prefixes}
+    return type(loaded)(**loaded.components | own)
+
+
+def text_encoders(pipe):
+    """Name -> text encoder of a pipeline."""
+    return {name: model for name, model in pipe.components.items() if name.startswith("text_encoder")}
 
 
 def adapted(pipe, setting: str):
@@ -57,7 +58,7 @@ def adapted(pipe, setting: str):
     from peft import LoraConfig
 
     settings = dict(SETTINGS[setting])
-    for model, targets in ((pipe.unet, UNET), (pipe.text_encoder, TEXT_ENCODER)):
+    for model, targets in ((pipe.unet, UNET), *((model, TEXT_ENCODER) for model in text_encoders(pipe).values())):
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **settings))
         stream = torch.Generator().manual_seed(1)
@@ -73,13 +74,13 @@ def adapted(pipe, setting: str):
 def assert_acts_like(models, file, expected, **args) -> lora.LoRANetwork:
     """A file on our models gives the expected outputs, and leaves no trace."""
     with torch.no_grad():
-        base = outputs(models, models.unet, models.text_encoder)
+        base = outputs(models)
         network, sd = lora.create_network_from_weights(1.0, file, None, models.text_encoder, models.unet, **args)
         network.apply_to(models.text_encoder, models.unet)
         network.load_state_dict(sd)
-        ours = outputs(models, models.unet, models.text_encoder)
+        ours = outputs(models)
         network.set_multiplier(0)
-        assert all(map(torch.equal, outputs(models, models.unet, models.text_encoder), base))
+        assert all(map(torch.equal, outputs(models), base))
         network.detach()
     for mine, theirs, plain in zip(ours, expected, base, strict=True):
         if theirs is not None:
@@ -107,12 +108,12 @@ def test_diffusers_pipeline_files(models, pipe, tmp_path, setting):
     pipe.save_lora_weights(
         tmp_path,
         unet_lora_layers=peft_tensors(pipe.unet),
-        text_encoder_lora_layers=peft_tensors(pipe.text_encoder),
         unet_lora_adapter_metadata=described(pipe.unet),
-        text_encoder_lora_adapter_metadata=described(pipe.text_encoder),
+        **{f"{name}_lora_layers": peft_tensors(model) for name, model in text_encoders(pipe).items()},
+        **{f"{name}_lora_adapter_metadata": described(model) for name, model in text_encoders(pipe).items()},
     )
     with torch.no_grad():
-        expected = outputs(models, pipe.unet, pipe.text_encoder)
+        expected = outputs(models, pipe)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     network = assert_acts_like(models, file, expected)
     assert len(network.targets) == sum(key.endswith("lora_A.weight") for key in load_file(file))
@@ -130,7 +131,7 @@ def test_a_diffusers_file_without_metadata_has_alpha_equal_to_rank(models, pipe,
     again.unet.delete_adapters("default")
     again.load_lora_weights(tmp_path, weight_name=file.name)
     with torch.no_grad():
-        expected = outputs(models, again.unet, models.text_encoder)[0]
+        expected = models.picture(again.unet)
     assert_acts_like(models, file, (expected, None))
 
 
@@ -138,7 +139,7 @@ def test_a_diffusers_file_without_metadata_has_alpha_equal_to_rank(models, pipe,
 def test_files_of_a_diffusers_unet_alone(models, pipe, tmp_path):
     adapted(pipe, "ranks and alphas by layer").unet.save_lora_adapter(tmp_path)
     with torch.no_grad():
-        expected = outputs(models, pipe.unet, models.text_encoder)[0]
+        expected = models.picture(pipe.unet)
     assert_acts_like(models, tmp_path / "pytorch_lora_weights.safetensors", (expected, None))
 
 
@@ -155,7 +156,7 @@ def test_folders_that_peft_saves(models, pipe, tmp_path, part):
     model = get_peft_model(getattr(pipe, part), config)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        unet, text_encoder = outputs(models, pipe.unet, pipe.text_encoder)
+        unet, text_encoder = outputs(models, pipe)
     expected = (unet, None) if part == "unet" else (None, text_encoder)
     network = assert_acts_like(models, tmp_path / "adapter_model.safetensors", expected)
     streamed = dict(stream_layers(open_tensor_file(tmp_path / "adapter_model.safetensors"), models.family))
@@ -181,7 +182,7 @@ def test_folders_that_peft_saves_of_other_algorithms(models, pipe, tmp_path, kin
     )
     peft.get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
     with torch.no_grad():
-        expected = outputs(models, pipe.unet, models.text_encoder)[0]
+        expected = models.picture(pipe.unet)
     assert_acts_like(models, tmp_path / "adapter_model.safetensors", (expected, None))
 
 
@@ -201,7 +202,7 @@ def test_variants_of_diffusers_names(models, pipe, tmp_path, spelling):
     }
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
     with torch.no_grad():
-        expected = outputs(models, pipe.unet, pipe.text_encoder)
+        expected = outputs(models, pipe)
     assert_acts_like(models, tmp_path / "a.safetensors", expected)
 
 
@@ -218,7 +219,7 @@ def test_the_kohya_export_of_diffusers(models, pipe, tmp_path):
     assert any(key.startswith("lora_te1") for key in kohya)
     save_file(kohya, tmp_path / "a.safetensors")
     with torch.no_grad():
-        expected = outputs(models, pipe.unet, pipe.text_encoder)
+        expected = outputs(models, pipe)
     assert_acts_like(models, tmp_path / "a.safetensors", expected)
 
 
@@ -226,6 +227,7 @@ OLD_UNET = "unet.{block}.transformer_blocks.0.{attention}.processor.{matrix}_lor
 OLD_TEXT = "text_encoder.text_model.encoder.layers.{layer}.self_attn.{matrix}_proj.lora_linear_layer.{half}.weight"
 
 
+@pytest.mark.parametrize("models", ["sd1", "sd2"], indirect=True)
 def test_old_diffusers_files_act_as_in_diffusers(models, pipe, tmp_path):
     """The layout of its training scripts until 2023: the factors are modules of the attention's processor."""
     stream = torch.Generator().manual_seed(3)
@@ -246,7 +248,7 @@ def test_old_diffusers_files_act_as_in_diffusers(models, pipe, tmp_path):
     torch.save(tensors, tmp_path / "old.bin")
     pipe.load_lora_weights(tmp_path, weight_name="old.safetensors")
     with torch.no_grad():
-        expected = outputs(models, pipe.unet, pipe.text_encoder)
+        expected = outputs(models, pipe)
     for file in ("old.safetensors", "old.bin"):
         network = assert_acts_like(models, tmp_path / file, expected)
         assert len(network.targets) == 3 * 8 + 4
@@ -267,7 +269,7 @@ def test_files_of_lycoris_wrapped_around_a_unet(models, pipe, tmp_path, algo):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=stream))
-        expected = outputs(models, pipe.unet, models.text_encoder)[0]
+        expected = models.picture(pipe.unet)
     network.save_weights(tmp_path / "a.safetensors", torch.float32, {})
     assert all(key.startswith("lycoris_") for key in load_file(tmp_path / "a.safetensors"))
     assert_acts_like(models, tmp_path / "a.safetensors", (expected, None))
@@ -276,11 +278,11 @@ def test_files_of_lycoris_wrapped_around_a_unet(models, pipe, tmp_path, algo):
 @pytest.fixture
 def ours(models, perturb):
     """A network with another rank and alpha on every block, and what the models give with it."""
-    dims = {"block_dims": ",".join(str(1 + block % 4) for block in range(25)), "conv_dim": 3}
+    dims = {"block_dims": ",".join(str(1 + block % 4) for block in range(models.family.block_count)), "conv_dim": 3}
     network = perturb(lora.create_network(1.0, 4, 3, None, models.text_encoder, models.unet, **dims), spread=0.1)
     with torch.no_grad():
         network.attach()
-        expected = outputs(models, models.unet, models.text_encoder)
+        expected = outputs(models)
         network.detach()
     return network.file_tensors(), expected
 
@@ -291,7 +293,7 @@ def test_diffusers_reads_what_we_write_in_its_layout(models, pipe, ours, tmp_pat
     theirs, metadata = to_peft(tensors, models.family)
     save_file({key: value.contiguous() for key, value in theirs.items()}, tmp_path / "a.safetensors", metadata)
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
-    found = outputs(models, pipe.unet, pipe.text_encoder)
+    found = outputs(models, pipe)
     for mine, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, mine, rtol=1e-4, atol=2e-4 * mine.abs().max().item())
 

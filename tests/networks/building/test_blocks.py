@@ -8,6 +8,7 @@ import pytest
 
 from library.errors import UserError
 from library.families.sd1 import SD1
+from library.families.sdxl import SDXL
 from networks import lora
 from networks.building.blocks import all_learning_rate_weights, learning_rate_weights
 
@@ -38,6 +39,13 @@ def test_what_is_not_given_has_weight_one():
 def test_weights_up_to_the_threshold_are_zero():
     weights = all_learning_rate_weights("linear", None, None, zero_threshold=3 / 11, family=SD1)
     assert weights[:5] == (0, 0, 0, 0, pytest.approx(4 / 11))
+
+
+def test_learning_rate_weights_cover_the_sides_of_the_family():
+    weights = all_learning_rate_weights("linear", "0.5,1,2", "zeros+.5", zero_threshold=0, family=SDXL)
+    assert weights == (1, *(pytest.approx(place / 8) for place in range(9)), 0.5, 1, 2, *[0.5] * 9, 1)
+    with pytest.raises(UserError, match="1 value given, 3 wanted"):
+        all_learning_rate_weights(None, "0.5", None, zero_threshold=0, family=SDXL)
 
 
 def ranks_by_block(network, wide):

@@ -48,6 +48,25 @@ def test_a_list_of_text_encoder_rates(sd1):
         make(sd1).prepare_optimizer_params([1e-4, 1e-5], 1e-4, 1e-3)
 
 
+def test_two_text_encoders_have_one_rate_or_one_each(sdxl):
+    network = make(sdxl)
+    for given, wanted in (
+        ([1e-5, 2e-5], [1e-5, 2e-5]),
+        (3e-5, [3e-5] * 2),
+        ([3e-5], [3e-5] * 2),
+        ([None, 2e-5], [1e-3, 2e-5]),
+    ):
+        groups, names = network.prepare_optimizer_params(given, 1e-4, 1e-3)
+        assert names == ["textencoder", "textencoder2", "unet"]
+        assert [group["lr"] for group in groups] == [*wanted, 1e-4]
+    network.prepare_optimizer_params([0, 2e-5], 1e-4, 1e-3)
+    frozen = {target.part for target, adapter in network.items() if not any(p.requires_grad for p in adapter.parameters())}
+    assert frozen == {"text_encoder"}
+    assert [row.part for row in network.describe()][:2] == ["text_encoder", "text_encoder_2"]
+    with pytest.raises(UserError, match="3 learning rates for 2 text encoders; give one, or one for each of the 2"):
+        network.prepare_optimizer_params([1e-4, 1e-5, 1e-6], 1e-4, 1e-3)
+
+
 def test_loraplus_splits_each_part(sd1):
     network = make(sd1, loraplus_lr_ratio="16")
     groups, names = network.prepare_optimizer_params(1e-5, 1e-4, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from library.errors import UserError
 from library.families.sd1 import SD1
 from library.families.sd2 import SD2
+from library.families.sdxl import SDXL
 from networks import lora
 from networks.building.targets import family_of_models
 from networks.formats.keys import saved_name
@@ -63,7 +65,42 @@ def test_a_c3lier_network_leaves_later_ones_as_they_are(sd1):
     assert layers() == before
 
 
-def test_families_are_told_by_the_models(sd1, sd2):
+@pytest.mark.parametrize(("args", "count"), [({}, 722), ({"conv_dim": "4"}, 788)])
+def test_layers_and_blocks_of_full_size_models_with_two_text_encoders(args, count):
+    """As many as sd-scripts 48d368f has, under its names and at its blocks."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    configs = [CLIPTextConfig(**encoder.config) for encoder in SDXL.text_encoders]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL.unet_config)
+        encoders = [CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])]
+    network = lora.create_network(1.0, 8, 1, None, encoders, unet, **args)
+    parts = Counter(target.part for target in network.targets.values())
+    assert parts == {"text_encoder": 72, "text_encoder_2": 192, "denoiser": count}
+    names = (
+        "lora_te1_text_model_encoder_layers_11_mlp_fc2",
+        "lora_te2_text_model_encoder_layers_31_self_attn_out_proj",
+        "lora_unet_input_blocks_4_1_proj_in",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0",
+        "lora_unet_middle_block_1_transformer_blocks_9_ff_net_0_proj",
+        "lora_unet_output_blocks_5_1_transformer_blocks_1_attn1_to_v",
+    )
+    wide = (
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_output_blocks_8_0_skip_connection",
+    )
+    assert set(names) <= network.targets.keys()
+    assert (set(wide) <= network.targets.keys()) is bool(args)
+    blocks = Counter(target.block for target in network.targets.values() if target.part == "denoiser")
+    lierla = {5: 22, 6: 22, 8: 102, 9: 102, 11: 102, 13: 102, 14: 102, 15: 102, 16: 22, 17: 22, 18: 22}
+    assert all(blocks[block] >= number for block, number in lierla.items())
+    assert blocks == lierla or args
+
+
+def test_families_are_told_by_the_models(sd1, sd2, sdxl):
+    assert family_of_models(sdxl.text_encoder, sdxl.unet) is SDXL
     assert family_of_models(sd1.text_encoder, sd1.unet) is SD1
     assert family_of_models([sd2.text_encoder], sd2.unet) is SD2
     with pytest.raises(UserError, match="2 text encoders given with a U-Net of Stable Diffusion 1.x"):
