@@ -56,6 +56,7 @@ def test_the_file_says_what_it_is_for(train, tiny_sdxl_file):
         "ss_text_encoder_lr": "[1e-05, 2e-05]",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.resolution": "96x96",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.prediction_type": "epsilon",
     }
     assert {name: metadata[name] for name in told} == told

@@ -13,6 +13,7 @@ from library.families.family import EPSILON, V_PREDICTION, ModelFamily
 
 SPEC_VERSION = "1.0.1"
 PREFIX = "modelspec."
+_ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"  # whose names the file has
 _PREDICTION_NAMES = {EPSILON: "epsilon", V_PREDICTION: "v"}
 
 
@@ -61,7 +62,7 @@ def modelspec_metadata(
     written: dict[str, str | None] = {
         "sai_model_spec": SPEC_VERSION,
         "architecture": family.architectures[prediction_type] + ("/lora" if adapter else ""),
-        "implementation": "diffusers" if adapter else "https://github.com/Stability-AI/generative-models",
+        "implementation": "diffusers" if adapter and family.denoiser_wording == "diffusers" else _ORIGINAL_CODE,
         "resolution": f"{width}x{height}",
         "date": saved_at.replace(microsecond=0, tzinfo=None).isoformat(),
         "prediction_type": _PREDICTION_NAMES[prediction_type],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -187,10 +187,13 @@ def optimizer_groups(network: Any, options: TrainingOptions) -> tuple[list[dict[
         UserError: no group is left.
     """
     own, adapted = options.optimizer, options.network
-    several = list(own.text_encoder_lr) or [own.learning_rate]
-    text_encoder_lr = several[0] if len(several) == 1 else several
+    prepare = network.prepare_optimizer_params
+    text_encoder_lr: float | list[float] = own.text_encoder_lr[0] if own.text_encoder_lr else own.learning_rate
+    if len(set(own.text_encoder_lr)) > 1:
+        text_encoder_lr = list(own.text_encoder_lr)
+        prepare = _prepare_with_rates_for_each(network, options)
     unet_lr = own.learning_rate if own.unet_lr is None else own.unet_lr
-    result = network.prepare_optimizer_params(
+    result = prepare(
         text_encoder_lr if adapted.train_text_encoder else None,
         unet_lr if adapted.train_unet else None,
         own.learning_rate,
@@ -199,6 +202,23 @@ def optimizer_groups(network: Any, options: TrainingOptions) -> tuple[list[dict[
     if not groups:
         raise UserError("no part of the network has a learning rate above 0", remedy="give --learning_rate 1e-4 or so")
     return list(groups), list(names) if names else [f"group{number}" for number in range(len(groups))]
+
+
+def _prepare_with_rates_for_each(network: Any, options: TrainingOptions) -> Callable[..., Any]:
+    """The network's function for a list of text encoder rates: newer sd-scripts has one of its own beside the usual one.
+
+    Raises:
+        UserError: the module is another package's, and has none.
+    """
+    from networks.building.third_party import ThirdPartyModule
+    from networks.registry import load_network_module
+
+    prepare = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+    if prepare is None and isinstance(load_network_module(options.network.module), ThirdPartyModule):
+        shown = " ".join(f"{rate:g}" for rate in options.optimizer.text_encoder_lr)
+        what = f"{options.network.module} takes one rate for all text encoders"
+        raise UserError(what, where=f"--text_encoder_lr {shown}", remedy="give one rate")
+    return prepare or network.prepare_optimizer_params
 
 
 def build_network_optimizer(network: Any, options: TrainingOptions) -> BuiltOptimizer:

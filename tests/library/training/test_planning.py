@@ -55,3 +55,28 @@ def test_of_other_packages_modules_it_is_not_known(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     options = training_options(parse_training(["--network_module=rests_perhaps", *REQUIRED]))
     assert preparation.adapters_may_rest(options, SD1.text_encoders)
+
+
+class TakesOneRate:
+    def prepare_optimizer_params(self, text_encoder_lr, unet_lr, default_lr):
+        return [{"params": [], "lr": text_encoder_lr}]
+
+
+class TakesOneForEach(TakesOneRate):
+    def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr):
+        return [{"params": [], "lr": rate} for rate in text_encoder_lr]
+
+
+def test_other_packages_modules_get_as_many_rates_as_they_take(tmp_path, monkeypatch):
+    (tmp_path / "takes_rates.py").write_text("def create_network(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def rates_of(network, *rates: str) -> list[float]:
+        command = ["--network_module=takes_rates", *REQUIRED, "--text_encoder_lr", *rates]
+        groups, _ = preparation.optimizer_groups(network, training_options(parse_training(command)))
+        return [group["lr"] for group in groups]
+
+    assert rates_of(TakesOneRate(), "1e-4") == rates_of(TakesOneRate(), "1e-4", "1e-4") == [1e-4]
+    assert rates_of(TakesOneForEach(), "1e-4", "2e-4") == [1e-4, 2e-4]
+    with pytest.raises(UserError, match="--text_encoder_lr 0.0001 0.0002: takes_rates takes one rate for all text encoders"):
+        rates_of(TakesOneRate(), "1e-4", "2e-4")
