@@ -195,8 +195,7 @@ class AdapterRack:
             rows = turn.rows or (NOTHING.denoiser,)
             columns = list(zip(*rows, strict=True))
             strengths = {values: self._per_row(values) for values in set(columns)}
-            *places, outside = (strengths[values] for values in columns)
-            network.set_multipliers(text_encoder=turn.text_encoder, denoiser=outside, blocks=places)
+            _set_strengths(network, turn.text_encoder, [strengths[values] for values in columns])
             network.attach()
         else:
             network.detach()
@@ -238,9 +237,8 @@ class AdapterRack:
         if wanted != self._in_weights:
             self._take_off()
             for key, now in strengths_at(wanted, 0, 1).items():
-                *places, outside = now.denoiser
                 network = self.network(key)
-                network.set_multipliers(text_encoder=now.text_encoder, denoiser=outside, blocks=places)
+                _set_strengths(network, now.text_encoder, now.denoiser)
                 network.merge()
                 self._merged.append(network)
             self._in_weights = wanted
@@ -251,3 +249,10 @@ class AdapterRack:
             return False
         steady = all(each.is_constant for uses in rows[0].values() for each in uses)
         return steady and all(isinstance(self.network(key), AdapterNetwork) for key in rows[0])
+
+
+def _set_strengths(network: AdapterNetwork, text_encoder: float, denoiser: Sequence[float | torch.Tensor]) -> None:
+    """Set a network's strengths from those of `StrengthNow.denoiser`, whose places every family has some of."""
+    *places, outside = denoiser
+    blocks = [outside if place is None else places[place - 1] for place in network.family.block_places]
+    network.set_multipliers(text_encoder=text_encoder, denoiser=outside, blocks=blocks)
