@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -59,8 +60,10 @@ def family_of_models(text_encoder: nn.Module | Sequence[nn.Module] | None, unet:
         UserError: more text encoders than the U-Net's family has.
     """
     encoders = text_encoder_list(text_encoder)
-    configs = [encoder.config.to_dict() for encoder in encoders if hasattr(encoder, "config")]
-    family = family_of_configs(dict(getattr(unet, "config", {})), configs)
+    configs: list[Any] = [getattr(encoder, "config", None) for encoder in encoders]
+    family = family_of_configs(
+        dict(getattr(unet, "config", {})), [config.to_dict() for config in configs if config is not None]
+    )
     if len(encoders) > len(family.text_encoders):
         what = f"{len(encoders)} text encoders given with a U-Net of {family.title}"
         raise UserError(what, remedy="give the models of one base model")
