@@ -18,6 +18,7 @@ from library.cli.optimizer_choice import optimizer_args, optimizer_name, relativ
 from library.cli.options import ParsedOptions, parse
 from library.cli.training_options import TRAINING_OPTIONS
 from library.errors import UserError, attempt, raise_all
+from library.generation.samplers import canonical
 from library.training.options import (
     BaseModelOptions,
     CaptionEncodingOptions,
@@ -301,7 +302,7 @@ def _previews(parsed: ParsedOptions) -> PreviewOptions:
         every_n_steps=None if parsed["sample_every_n_epochs"] else parsed["sample_every_n_steps"],
         every_n_epochs=parsed["sample_every_n_epochs"],
         at_first=parsed["sample_at_first"],
-        sampler=parsed["sample_sampler"],
+        sampler=canonical(parsed["sample_sampler"], where="--sample_sampler"),
     )
 
 

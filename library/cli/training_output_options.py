@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from library.cli.options import FLAG, Option, OptionGroup
-from library.generation.samplers import SAMPLERS
 
 OUTPUT_OPTIONS = (
     OptionGroup(
@@ -84,12 +83,7 @@ OUTPUT_OPTIONS = (
             Option(name="sample_every_n_steps", type=int, help="draw previews every N steps"),
             Option(name="sample_every_n_epochs", type=int, help="draw previews every N epochs; wins over the steps"),
             Option(name="sample_at_first", type=FLAG, help="draw previews before the first step as well"),
-            Option(
-                name="sample_sampler",
-                default="ddim",
-                choices=tuple(SAMPLERS),
-                help="sampler of the previews",
-            ),
+            Option(name="sample_sampler", default="ddim", help="sampler of the previews; docs/generate.md lists them"),
         ),
     ),
     OptionGroup(

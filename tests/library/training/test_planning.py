@@ -80,3 +80,11 @@ def test_other_packages_modules_get_as_many_rates_as_they_take(tmp_path, monkeyp
     assert rates_of(TakesOneForEach(), "1e-4", "2e-4") == [1e-4, 2e-4]
     with pytest.raises(UserError, match="--text_encoder_lr 0.0001 0.0002: takes_rates takes one rate for all text encoders"):
         rates_of(TakesOneRate(), "1e-4", "2e-4")
+
+
+def test_the_sampler_of_previews_may_have_its_name_in_web_uis():
+    command = [*REQUIRED, "--network_module=networks.lora", "--sample_sampler"]
+    options = training_options(parse_training([*command, "DPM++ 2M Karras"]))
+    assert options.previews.sampler == "dpmsolver++_karras"
+    with pytest.raises(UserError, match=r"--sample_sampler: no sampler is called 'eular'; did you mean euler"):
+        training_options(parse_training([*command, "eular"]))
