@@ -99,13 +99,8 @@ _KOHYA = {
 def one_alpha_for_each_part(header: Header, layers: Layers, effects: Effects) -> Findings:
     """diffusers gives the attention of the U-Net and each whole text encoder one alpha: the one that most layers have."""
     findings = Findings()
-    names = layer_names(header.family)
-    parts: dict[Part, list[FileLayer]] = {}
-    for name, layer in layers.items():
-        found = names.find(name)
-        if found is not None and effects[name] is not Effect.DROPPED:
-            parts.setdefault(found.part, []).append(layer)
-    for kind, part in parts.items():
+    taken = {name: layer for name, layer in layers.items() if effects[name] is not Effect.DROPPED}
+    for kind, part in _by_part(header.family, taken).items():
         keys = {layer.name: layer.keys["alpha"] for layer in part if "alpha" in layer.keys}
         alphas = {name: header.scalars[key] for name, key in keys.items() if key in header.scalars}
         if not alphas:
@@ -119,6 +114,16 @@ def one_alpha_for_each_part(header: Header, layers: Layers, effects: Effects) ->
     return findings
 
 
+def _by_part(family: ModelFamily, layers: Layers) -> dict[Part, list[FileLayer]]:
+    """Part of the models -> its layers; without those that the models have not."""
+    parts: dict[Part, list[FileLayer]] = {}
+    for name, layer in layers.items():
+        found = layer_names(family).find(name)
+        if found is not None:
+            parts.setdefault(found.part, []).append(layer)
+    return parts
+
+
 def is_text_encoder(name: str) -> bool:
     """Whether a layer, by its name in any layout, is one of a text encoder."""
     return name.startswith(("lora_te", "text_encoder", "clip_")) or "text_model" in name
@@ -129,14 +134,18 @@ def _is_attention(name: str) -> bool:
 
 
 def text_encoder_by_its_outputs(header: Header, layers: Layers, effects: Effects) -> Findings:
-    """diffusers finds the rank of a text encoder's attention by the layers called out_proj, and needs one."""
-    text = [name for name in layers if is_text_encoder(name)]
-    attention = [name for name in text if "self_attn" in name]
-    if not attention or any(name.endswith("out_proj") for name in attention):
-        return Findings()
-    if len(attention) == len(text):
-        return Findings(refused="a text encoder without any out_proj")
-    return Findings(dropped=dict.fromkeys(attention, "attention of the text encoder without any out_proj"))
+    """diffusers finds the rank of a text encoder's attention by the layers called out_proj, and needs one; it does without
+    attention where there is an MLP."""
+    findings = Findings()
+    for kind, part in _by_part(header.family, layers).items():
+        names = [layer.name for layer in part]
+        if kind not in TEXT_ENCODERS or any(name.endswith("out_proj") for name in names):
+            continue
+        if not any("mlp" in name for name in names):
+            return Findings(refused="a text encoder without any out_proj")
+        attention = [name for name in names if "self_attn" in name]
+        findings.dropped |= dict.fromkeys(attention, "attention of the text encoder without any out_proj")
+    return findings
 
 
 def text_magnitudes_by_name(header: Header, layers: Layers, effects: Effects) -> Findings:

@@ -141,7 +141,15 @@ READ = {
     "half an attention of the second": ([FEED_OURS, *(name.format("lora_te2") for name in PROJECTIONS[2:])], "rdrrrrr"),
     "half an attention of the first": ([FEED_OURS, *(name.format("lora_te1") for name in PROJECTIONS[2:])], "rrrrrrr"),
     "lora_te_": ([FEED_OURS, *(name.format("lora_te") for name in PROJECTIONS)], "rdrdrdf"),
-    "text_projection": ([FEED_OURS, "lora_te2_text_projection"], "rdrrrrr"),
+    "text_projection": (
+        [*(name.format("lora_te2") for name in PROJECTIONS), FEED_OURS, "lora_te2_text_projection"],
+        "rdrrrrr",
+    ),
+    "text_projection alone": ([FEED_OURS, "lora_te2_text_projection"], "rdrrfrr"),
+    "half an attention beside a whole one": (
+        [FEED_OURS, *(name.format("lora_te1") for name in PROJECTIONS), PROJECTIONS[0].format("lora_te2")],
+        "rdrrfrr",
+    ),
 }
 
 
