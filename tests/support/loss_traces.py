@@ -68,7 +68,7 @@ def trace(form: Form, folder: Path) -> list[float]:
         arguments += ["--network_args", *form.network_args]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         run, latents = with_latents(plan_run(training_options(parse_training(arguments))))
-        parts = build_loop(run, latents)
+        parts = build_loop(run, latents, None)
         parts.network.on_epoch_start(None, parts.module)
         return [round(train_step(parts, step)[0].item(), 6) for step in range(STEPS)]
 
