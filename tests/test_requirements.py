@@ -10,17 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"pillow": "PIL", "opencv-python-headless": "cv2", "lycoris-lora": "lycoris"}  # where the names differ
 TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
-OWN = {
-    "library",
-    "networks",
-    "tools",
-    "tests",
-    "benchmarks",
-    "train_network",
-    "gen_img_diffusers",
-    "sdxl_gen_img",
-    "sdxl_train_network",
-}
+OWN = {"library", "networks", "tools", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
 OPTIONAL = {"xformers"}  # asked for in requirements-xformers.txt
 SOURCES = [path for path in ROOT.rglob("*.py") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
 
