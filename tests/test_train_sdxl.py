@@ -86,6 +86,13 @@ def test_rates_are_one_or_one_for_each(train):
     assert not path.exists()
 
 
+def test_sizes_that_only_other_families_refuse_are_not_told_of_beside_another_mistake(train, tiny_sd1_folder):
+    for mistake, base in (("--v2",), {}), (("--text_encoder_lr", 1, 1, 1), {}), ((), {"base": tiny_sd1_folder}):
+        finished, _ = train(*mistake, **base)
+        assert_refused(finished)
+        assert len(finished.err.splitlines()) == 1, "every side of its buckets suits the family"
+
+
 @pytest.mark.parametrize("kind", ["tiny_sd1_folder", "tiny_sd2_folder"])
 def test_this_door_refuses_other_families(train, request, kind):
     finished, _ = train(base=request.getfixturevalue(kind))

@@ -69,14 +69,20 @@ def _needed(shapes: Shapes, key: str) -> tuple[int, ...]:
     return shapes[key]
 
 
-def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> Config:
+def pooled_width(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """How wide the pooled text is that the text encoders with these configurations, by part, give; None where none does."""
+    return next((configs[encoder.part]["projection_dim"] for encoder in family.text_encoders if encoder.gives_pooled), None)
+
+
+def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str, *, pooled: int | None = None) -> Config:
     """The configuration of "unet", "vae", "control_net" or a text encoder of the family, from shapes by key.
 
     Args:
         shapes: keys are relative to the part.
+        pooled: width of the pooled text that a U-Net takes; None takes the full-size model's features of a size.
 
     Raises:
-        UserError: where a tensor is missing without which the size is unknown.
+        UserError: where a tensor is missing without which the size is unknown, or the parts do not fit together.
     """
     infer: Mapping[str, Callable[[Shapes, ModelFamily], Config]] = {
         "unet": _unet_config,
@@ -86,9 +92,20 @@ def infer_config(part: str, shapes: Shapes, family: ModelFamily, where: str) -> 
     try:
         if part not in infer:
             return _text_encoder_config(shapes, family.text_encoder(part))
-        return infer[part](shapes, family)
+        config = infer[part](shapes, family)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"lacks tensors of its {part}, among them {error}", where=where, remedy="fetch it again") from None
+    return config if pooled is None or part != "unet" else config | _features_of_sizes(config, family, pooled, where)
+
+
+def _features_of_sizes(config: Config, family: ModelFamily, pooled: int, where: str) -> Config:
+    """How many numbers each size becomes: what the U-Net takes beside the text, without the pooled text."""
+    inputs, count = config["projection_class_embeddings_input_dim"], len(family.size_conditions)
+    features, rest = divmod(inputs - pooled, count)
+    if features <= 0 or rest:
+        what = f"its U-Net takes {inputs} numbers beside the text, which are not a pooled text of {pooled} and {count} sizes"
+        raise UserError(what, where=where, remedy="fetch it again")
+    return {"addition_time_embed_dim": features}
 
 
 def _unet_config(shapes: Shapes, family: ModelFamily) -> Config:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints.atomic import atomic_write
 from library.checkpoints.base_model import BaseModelFiles
 from library.checkpoints.folder import scheduler_config
-from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences, infer_config
+from library.checkpoints.inferred_configs import CONFIG_KEY, config_differences, infer_config, pooled_width
 from library.checkpoints.ldm_keys import TRANSPOSED, split_view
 from library.checkpoints.part_names import check_names
 from library.checkpoints.parts import TEXT_CLASSES, UNET, VAE, ModelPart, check_tensors
@@ -183,10 +183,11 @@ def _ones(shape: tuple[int, ...], dtype: str) -> PlannedTensor:
 def config_metadata(model: BaseModelFiles, planned: Mapping[str, PlannedTensor]) -> dict[str, str]:
     """The metadata entry that says what a single file's shapes do not; empty for models of the published sizes."""
     hints = {}
+    pooled = pooled_width(model.family, {kind: part.config for kind, part in model.parts.items()})
     for kind, part in model.parts.items():
         prefix = _prefix(kind, model)
         shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in planned.items() if key.startswith(prefix)}
-        inferred = infer_config(kind, shapes, model.family, str(model.path))
+        inferred = infer_config(kind, shapes, model.family, str(model.path), pooled=pooled)
         differences = config_differences(part.config, inferred)
         if differences:
             hints[kind] = differences

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from library.checkpoints.inferred_configs import config_hints, infer_config
+from library.checkpoints.inferred_configs import config_hints, infer_config, pooled_width
 from library.checkpoints.ldm_keys import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -59,13 +59,21 @@ def read_checkpoint(file: TensorFile) -> CheckpointContent:
     where = str(file.path)
     shapes = file.shapes()
     family = family_of_checkpoint(shapes, where=where)
-    parts = {kind: _part(file, kind, _prefix_in(shapes, kind, family), family) for kind in family.parts}
+    parts = _parts(file, family)
     used = {source.key for part in parts.values() for source in part.sources.values()}
     rest = [key for key in file.places if key not in used]
     dropped = tuple(_dropped_text_layers(family, shapes, parts))
     beside = tuple(key for key in rest if _IGNORED.search(key) or key.startswith(dropped))
     unmatched = tuple(key for key in rest if key not in set(beside))
     return CheckpointContent(family, parts, beside, unmatched, _prediction_type_said(file, family))
+
+
+def _parts(file: TensorFile, family: ModelFamily) -> dict[str, ModelPart]:
+    prefixes = {kind: _prefix_in(file.places, kind, family) for kind in family.parts}
+    texts = {kind: _part(file, kind, prefixes[kind], family) for kind in family.parts if kind not in (UNET, VAE)}
+    pooled = pooled_width(family, {kind: part.config for kind, part in texts.items()})
+    images = {kind: _part(file, kind, prefixes[kind], family, pooled=pooled) for kind in (UNET, VAE)}
+    return images | texts
 
 
 def original_prefixes(kind: str, family: ModelFamily) -> tuple[str, ...]:
@@ -88,10 +96,11 @@ def _dropped_text_layers(family: ModelFamily, shapes: Iterable[str], parts: Mapp
             yield f"{prefix}transformer.resblocks.{kept + number}."
 
 
-def _part(file: TensorFile, kind: str, prefix: str, family: ModelFamily) -> ModelPart:
+def _part(file: TensorFile, kind: str, prefix: str, family: ModelFamily, *, pooled: int | None = None) -> ModelPart:
     shapes = {key.removeprefix(prefix): shape for key, shape in file.shapes().items() if key.startswith(prefix)}
     where = str(file.path)
-    config = infer_config(kind, shapes, family, where) | config_hints(file.metadata, where).get(kind, {})
+    config = infer_config(kind, shapes, family, where, pooled=pooled)
+    config |= config_hints(file.metadata, where).get(kind, {})
     sources = dict(_sources(file, prefix, original_table(kind, config, family)))
     return ModelPart(kind=kind, config=config, sources=sources, where=where)
 

@@ -167,14 +167,17 @@ def family_of_folder(path: Path) -> ModelFamily:
     _check_inputs(unet.get("in_channels", 4), str(path), remedy)
     parts = {encoder.part for family in FAMILIES for encoder in family.text_encoders}
     found = sorted(part for part in parts if (path / part).is_dir()) or ["text_encoder"]
-    family = family_of_configs(unet, [_read_config(path / part / "config.json", path) for part in found])
+    among = [each for each in _BASE_FAMILIES if {encoder.part for encoder in each.text_encoders} >= set(found)]
+    family = family_of_configs(unet, [_read_config(path / part / "config.json", path) for part in found], among=among)
     missing = [encoder.part for encoder in family.text_encoders if encoder.part not in found]
     if missing:
         raise UserError(f"is a {family.title} model without its {missing[0]}", where=str(path), remedy="fetch it again")
     return family
 
 
-def family_of_configs(unet: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]) -> ModelFamily:
+def family_of_configs(
+    unet: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]], *, among: Sequence[ModelFamily] = ()
+) -> ModelFamily:
     """The family of diffusers configurations.
 
     Whether the U-Net takes sizes and how many text encoders there are, then the context's width, and for other (tiny) widths
@@ -183,10 +186,12 @@ def family_of_configs(unet: Mapping[str, Any], text_encoders: Sequence[Mapping[s
     Args:
         unet: empty where there is none.
         text_encoders: as many as there are.
+        among: those that it may be, where any of them takes sizes or takes none as the U-Net does; empty for any.
     """
     if unet:
         sized = bool(unet.get("addition_embed_type"))
-        alike = [family for family in _BASE_FAMILIES if bool(family.size_conditions) is sized]
+        alike = [family for family in among if bool(family.size_conditions) is sized]
+        alike = alike or [family for family in _BASE_FAMILIES if bool(family.size_conditions) is sized]
     else:
         alike = [family for family in FAMILIES if len(family.text_encoders) >= len(text_encoders)]
     width = unet.get("cross_attention_dim")

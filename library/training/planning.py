@@ -82,6 +82,8 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
     problems: list[UserError] = []
     attempt(lambda: prepare.check_names(options), problems)
     base = attempt(lambda: _open_base_model(options), problems)
+    if base:
+        problems += _unsuited(options, base)
     find_unused = prepare.adapters_may_rest(options, base.family.text_encoders if base else ())
     accelerator = attempt(lambda: prepare.build_accelerator(options.compute, find_unused=find_unused), problems)
     dataset = attempt(lambda: _scan_dataset(options, base), problems)
@@ -105,23 +107,25 @@ def plan_run(options: TrainingOptions) -> PlannedRun:
 
 
 def _open_base_model(options: TrainingOptions) -> BaseModelFiles:
-    """The base model, and whether the options suit it."""
     given = options.base
-    base = open_base_model(
+    return open_base_model(
         given.path, vae_path=given.vae, v2=given.v2, v_parameterization=given.v_parameterization, family=given.family
     )
+
+
+def _unsuited(options: TrainingOptions, base: BaseModelFiles) -> list[UserError]:
+    """What options ask of a base model that it cannot do."""
     problems: list[UserError] = []
     attempt(lambda: options.loss.check_prediction_type(base.resolved_prediction_type), problems)
     attempt(lambda: base.check_clip_skip(options.captions.clip_skip), problems)
     attempt(lambda: prepare.check_rates(options, base.family.text_encoders), problems)
-    raise_all(problems)
-    return base
+    return problems
 
 
 def _scan_dataset(options: TrainingOptions, base: BaseModelFiles | None) -> Dataset:
-    """The dataset; without a base model as for the usual one, so that its mistakes are found along with the others."""
+    """The dataset; without a base model for one that takes all sizes, so that its own mistakes are found with the others."""
     if base is None:
-        return scan_dataset(options.dataset)
+        return scan_dataset(options.dataset, size_multiple=1)
     family = base.family
     return scan_dataset(options.dataset, latent_factor=family.latent_factor, size_multiple=family.size_multiple)
 

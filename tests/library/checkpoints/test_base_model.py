@@ -85,6 +85,17 @@ def test_a_single_file_loads_the_same_model_as_its_folder(folder, single_file):
             assert torch.equal(tensor, of_file[kind][key]), key
 
 
+def test_what_a_size_becomes_is_known_without_our_converters_hint(tiny_sdxl_folder, tiny_sdxl_file, tmp_path):
+    bare = tmp_path / "bare.safetensors"
+    write_tensors(bare, contents(tiny_sdxl_file))
+    told, found = (open_base_model(path).parts["unet"].config for path in (tiny_sdxl_folder, bare))
+    assert found["addition_time_embed_dim"] == told["addition_time_embed_dim"]
+    key = "conditioner.embedders.1.model.text_projection"
+    narrow = edited(tiny_sdxl_file, tmp_path, **{key: contents(tiny_sdxl_file)[key][:, :-1].contiguous()})
+    with pytest.raises(UserError, match="takes 88 numbers beside the text, which are not a pooled text of 39 and 6 sizes"):
+        open_base_model(narrow)
+
+
 def test_both_containers_compute_the_same(folder, single_file):
     outputs = []
     for path in (folder, single_file):

@@ -149,6 +149,10 @@ def test_folders_are_known_by_their_configurations(tiny_sd1_folder, tiny_sd2_fol
     assert family_of_folder(tiny_sd1_folder) is SD1
     assert family_of_folder(tiny_sd2_folder) is SD2
     assert family_of_folder(tiny_sdxl_folder) is SDXL
+    lacking = tmp_path / "lacking"
+    shutil.copytree(tiny_sdxl_folder, lacking, ignore=shutil.ignore_patterns("*.safetensors", "text_encoder_2"))
+    with pytest.raises(UserError, match=r"is a Stable Diffusion XL model without its text_encoder_2; fetch it again"):
+        family_of_folder(lacking)
     copy = tmp_path / "model"
     shutil.copytree(tiny_sd1_folder, copy)
     (copy / "text_encoder_3").mkdir()
