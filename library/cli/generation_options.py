@@ -172,7 +172,11 @@ _CONTROL = OptionGroup(
         Option(name="control_net_ratios", type=float, many=True, help="share of the steps with each; 1 where it is missing"),
         Option(name="highres_fix_disable_control_net", type=FLAG, help="no ControlNet in the second of two stages"),
         Option(name="textual_inversion_embeddings", many=True, help="files whose names stand for words of their own"),
-        Option(name="ds_depth_1", type=int, help="Deep Shrink: 0 to 3, the downward block that sees a smaller picture"),
+        Option(
+            name="ds_depth_1",
+            type=int,
+            help="Deep Shrink: 0 to 3, the downward block that sees a smaller picture; for SDXL 1 to 8",
+        ),
         Option(name="ds_timesteps_1", type=int, default=650, help="down to which timestep it does"),
         Option(name="ds_depth_2", type=int, help="another block, behind that"),
         Option(name="ds_timesteps_2", type=int, default=650, help="down to which timestep that one does"),

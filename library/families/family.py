@@ -16,6 +16,7 @@ PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 TextEncoderLayout = Literal["clip", "open_clip"]
 LayerWording = Literal["diffusers", "original"]
+DepthCount = Literal["levels", "input blocks"]
 
 SIZE_CONDITIONS = (
     "original_height",
@@ -79,6 +80,8 @@ class ModelFamily:
         block_sides: those places on the way down, in the middle, and on the way up, as learning rates are given.
         block_places: the place of each among the 26 of block weights for merging (`block_weights.PLACES`); None for none.
         size_conditions: numbers that the denoiser takes beside the text, in its order; names of `SIZE_CONDITIONS`.
+        depth_count: what sd-scripts counts as the depth of Deep Shrink: levels of the U-Net, or what the original calls
+            input blocks.
         latent_scale: factor from the VAE's own units to the U-Net's.
         latent_channels: of a latent.
         latent_factor: pixels along one side of a latent's pixel.
@@ -111,6 +114,7 @@ class ModelFamily:
     block_sides: tuple[range, range, range]
     block_places: tuple[int | None, ...]
     size_conditions: tuple[str, ...]
+    depth_count: DepthCount
     latent_scale: float
     latent_channels: int
     latent_factor: int

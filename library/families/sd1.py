@@ -64,6 +64,7 @@ SD1 = ModelFamily(
     block_sides=(range(12), range(12, 13), range(13, _BLOCK_COUNT)),
     block_places=tuple(range(1, _BLOCK_COUNT + 1)),
     size_conditions=(),
+    depth_count="levels",
     latent_scale=0.18215,
     latent_channels=4,
     latent_factor=8,

@@ -79,6 +79,7 @@ SDXL = replace(
     block_sides=(range(1, 10), range(10, 13), range(13, 22)),
     block_places=(1, *range(1, 10), 13, 13, 13, *range(14, 23), None),
     size_conditions=SIZE_CONDITIONS[:6],
+    depth_count="input blocks",
     latent_scale=0.13025,
     context_width=2048,
     is_v2=False,

@@ -1,13 +1,15 @@
 """Deep Shrink: at first the inner blocks of a U-Net see a smaller picture, so that large pictures keep one composition.
 
-As in sd-scripts (library/original_unet.py, `InferUNet2DConditionModel`): what enters a downward block is made smaller, and
-on the way up what meets a skip connection of another size is brought to that size.
+As in sd-scripts (library/original_unet.py, `InferUNet2DConditionModel`; library/sdxl_original_unet.py,
+`InferSdxlUNet2DConditionModel`): what enters a block on the way down is made smaller, and on the way up what meets a skip
+connection of another size is brought to that size. A depth counts the U-Net's levels, or the original's input blocks, three to
+a level.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from library.families.family import DepthCount
 
 TIMESTEPS = 1000
 
@@ -24,7 +28,7 @@ class DeepShrink:
     """Where and how long; timesteps go from 999 down to 0.
 
     Attributes:
-        depth_1: the downward block, from 0, whose input is made smaller while the timestep is `until_1` or more.
+        depth_1: the block, as the family counts them, whose input is made smaller while the timestep is `until_1` or more.
         depth_2: likewise behind that, down to `until_2`; None for none.
         ratio: above 0 and to 1, of the size.
 
@@ -40,9 +44,7 @@ class DeepShrink:
 
     def __post_init__(self) -> None:
         problems = [
-            UserError(
-                f"{depth} is no depth of Deep Shrink", remedy="give 0 to 3, the downward block whose input is made smaller"
-            )
+            UserError(f"{depth} is no depth of Deep Shrink", remedy="give 0 or more, the block whose input is made smaller")
             for depth in (self.depth_1, self.depth_2)
             if depth is not None and depth < 0
         ]
@@ -55,16 +57,19 @@ class DeepShrink:
             problems.append(UserError(f"a ratio of {self.ratio} of Deep Shrink is out of range", remedy="give above 0 to 1"))
         raise_all(problems)
 
-    def check_blocks(self, count: int) -> None:
-        """Refuse depths that a U-Net with that many downward blocks has not.
+    def check_depths(self, known: Iterable[int]) -> None:
+        """Refuse depths that a U-Net has not.
+
+        Args:
+            known: those that it has.
 
         Raises:
             UserError
         """
+        least, *_, most = sorted(known)
         for depth in (self.depth_1, self.depth_2):
-            if depth is not None and depth >= count:
-                what = f"Deep Shrink cannot act at depth {depth}: the U-Net has {count} downward blocks"
-                raise UserError(what, remedy=f"give 0 to {count - 1}")
+            if depth is not None and not least <= depth <= most:
+                raise UserError(f"Deep Shrink cannot act at depth {depth} of this U-Net", remedy=f"give {least} to {most}")
 
     def depth_at(self, timestep: float) -> int | None:
         """The block whose input is made smaller at a timestep; None for none."""
@@ -74,8 +79,11 @@ class DeepShrink:
 
 
 @contextlib.contextmanager
-def deep_shrink(denoiser: nn.Module, settings: DeepShrink | None) -> Iterator[None]:
+def deep_shrink(denoiser: nn.Module, settings: DeepShrink | None, count: DepthCount = "levels") -> Iterator[None]:
     """Let a U-Net of diffusers compute so; afterwards it is as it was. None leaves it as it is.
+
+    Args:
+        count: what a depth counts.
 
     What ControlNets add has the sizes of a U-Net that does not shrink, so that the two exclude each other.
 
@@ -86,11 +94,12 @@ def deep_shrink(denoiser: nn.Module, settings: DeepShrink | None) -> Iterator[No
         yield
         return
     unet: Any = denoiser
-    settings.check_blocks(len(unet.down_blocks))
+    places = _places(unet, count)
+    settings.check_depths(places)
     shrinking = _Shrinking(settings)
     handles = [unet.register_forward_pre_hook(shrinking.note_timestep, with_kwargs=True)]
     for depth in {depth for depth in (settings.depth_1, settings.depth_2) if depth is not None}:
-        handles.append(unet.down_blocks[depth].register_forward_pre_hook(shrinking.shrink(depth), with_kwargs=True))
+        handles.append(places[depth].register_forward_pre_hook(shrinking.shrink(depth), with_kwargs=True))
     for block in unet.up_blocks:
         joined = _Joined()
         handles.append(block.register_forward_pre_hook(joined.enter, with_kwargs=True))
@@ -102,6 +111,17 @@ def deep_shrink(denoiser: nn.Module, settings: DeepShrink | None) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _places(unet: Any, count: DepthCount) -> dict[int, nn.Module]:
+    """Depth -> the module whose input is made smaller.
+
+    Input block 0 is the first convolution: a smaller input there would be a smaller picture.
+    """
+    if count == "levels":
+        return dict(enumerate(unet.down_blocks))
+    blocks = [part for level in unet.down_blocks for part in (*level.resnets, *(level.downsamplers or ()))]
+    return dict(enumerate(blocks, start=1))
 
 
 class _Shrinking:
@@ -120,10 +140,13 @@ class _Shrinking:
         def hook(_block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
             if self._depth != depth:
                 return None
-            hidden = keywords["hidden_states"]
+            hidden = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
             if min(hidden.shape[-2:]) * self._settings.ratio < 1:
                 raise UserError(f"the picture is too small for Deep Shrink at depth {depth}", remedy="take a smaller depth")
-            return inputs, keywords | {"hidden_states": _resized(hidden, ratio=self._settings.ratio)}
+            smaller = _resized(hidden, ratio=self._settings.ratio)
+            if "hidden_states" in keywords:
+                return inputs, keywords | {"hidden_states": smaller}
+            return (smaller, *inputs[1:]), keywords
 
         return hook
 

@@ -277,7 +277,7 @@ class Pipeline:
         with _untouched_random_state(self.device), self._precision():
             hooks.before_encoding(requests)
             acting = [row.acting for request in requests for row in self._rows(request, maps=False)]
-            shrunk = deep_shrink(self.models.denoiser, requests[0].deep_shrink)
+            shrunk = deep_shrink(self.models.denoiser, requests[0].deep_shrink, self.models.family.depth_count)
             merged = self._rack.merge(acting)
             with shrunk:
                 latents = self._drawn(requests, hooks, merged=merged)

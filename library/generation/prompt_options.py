@@ -87,7 +87,7 @@ _steps = _integer(1, MAX_STEPS, f"give 1 to {MAX_STEPS}")
 _seed = _integer(0, MAX_SEED, f"give 0 to {MAX_SEED}")
 
 
-_depth = _integer(0, 8, "give 0 to 3, the downward block")
+_depth = _integer(0, 8, "give 0 to 3, the downward block; for SDXL 1 to 8")
 _timestep = _integer(0, 1000, "give 0 to 1000")
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from library.errors import UserError
+from library.families.family import DepthCount
 from library.generation.deep_shrink import DeepShrink, deep_shrink
+from tests.library.generation.conftest import tiny_models
 
 
 def by_hand(unet, sample: Tensor, timestep: Tensor, context: Tensor, depth: int | None, ratio: float) -> Tensor:
@@ -106,5 +108,27 @@ def test_values_out_of_range_are_told_at_once(sd1_models, inputs):
         "timestep -1 of Deep Shrink is out of range",
         "a ratio of 0 of Deep Shrink is out of range",
     ]
-    with pytest.raises(UserError, match="Deep Shrink cannot act at depth 8: the U-Net has 4 downward blocks; give 0 to 3"):
+    with pytest.raises(UserError, match="Deep Shrink cannot act at depth 8 of this U-Net; give 0 to 3"):
         predicted(sd1_models, inputs, 999, DeepShrink(depth_1=8))
+
+
+def test_depths_may_count_input_blocks_three_to_a_level():
+    """The first of a level is the level itself; the others are its second layer and its downsampler."""
+    models = tiny_models("sdxl")
+    stream = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(1, 4, 24, 16, generator=stream), torch.randn(1, 77, 80, generator=stream)
+    more = {"text_embeds": torch.randn(1, 40, generator=stream), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+
+    def predicted(settings: DeepShrink | None, count: DepthCount) -> Tensor:
+        with torch.no_grad(), deep_shrink(models.denoiser, settings, count):
+            told = {"encoder_hidden_states": context, "added_cond_kwargs": more}
+            return models.denoiser(latents, torch.tensor(700), **told).sample
+
+    plain = predicted(None, "levels")
+    of_depths = {depth: predicted(DeepShrink(depth_1=depth), "input blocks") for depth in range(1, 9)}
+    for level in range(3):
+        assert torch.equal(of_depths[1 + 3 * level], predicted(DeepShrink(depth_1=level), "levels"))
+    found = [plain, *of_depths.values()]
+    assert all((one - other).abs().max() > 1e-3 for place, one in enumerate(found) for other in found[:place])
+    with pytest.raises(UserError, match="Deep Shrink cannot act at depth 0 of this U-Net; give 1 to 8"):
+        predicted(DeepShrink(depth_1=0), "input blocks")
