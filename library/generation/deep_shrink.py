@@ -2,8 +2,8 @@
 
 As in sd-scripts (library/original_unet.py, `InferUNet2DConditionModel`; library/sdxl_original_unet.py,
 `InferSdxlUNet2DConditionModel`): what enters a block on the way down is made smaller, and on the way up what meets a skip
-connection of another size is brought to that size. A depth counts the U-Net's levels, or the original's input blocks, three to
-a level.
+connection of another size is brought to that size. A depth counts the U-Net's levels, or the original's input blocks, three
+to a level.
 """
 
 from __future__ import annotations
