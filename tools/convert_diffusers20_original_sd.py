@@ -168,8 +168,11 @@ def convert(options: ConversionOptions) -> str:
     from library.checkpoints.base_model import open_base_model
     from library.checkpoints.hub import resolve_model_path
     from library.checkpoints.model_writing import same_tensors, write_folder
+    from library.families.sd1 import SD1
 
     model = open_base_model(options.source, v2=options.v2, variant=options.variant)
+    if options.v2 is False and model.family != SD1:
+        raise UserError(f"--v1 was given, but this is {model.family.title}", where=str(model.path), remedy="leave out --v1")
     reference = resolve_model_path(options.reference_model) if options.reference_model else None
     if options.to_file:
         _write_file(model, options)

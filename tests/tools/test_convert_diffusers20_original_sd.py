@@ -202,3 +202,10 @@ def test_the_door_says_what_it_wrote_and_nothing_else(tiny_sd1_folder, tmp_path)
     assert done.stderr == ""
     assert done.stdout.startswith("model.safetensors: Stable Diffusion 1.x, ")
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_what_is_said_of_the_family_is_checked(tiny_sdxl_file, tmp_path):
+    target = tmp_path / "folder"
+    with pytest.raises(UserError, match="--v1 was given, but this is Stable Diffusion XL; leave out --v1"):
+        convert(parse_options([str(tiny_sdxl_file), str(target), "--v1"]))
+    assert not target.exists()
