@@ -122,7 +122,8 @@ def test_a_layer_has_its_block_and_place_in_both_wordings():
     assert PLACES[place_of(FEED_OURS, SDXL)] == "IN08"
     assert PLACES[place_of("lora_unet_middle_block_1_proj_in", SDXL)] == "MID"
     assert PLACES[place_of("lora_unet_output_blocks_0_1_proj_in", SDXL)] == "OUT00"
-    assert place_of("lora_unet_time_embed_0", SDXL) is place_of("lora_unet_out_2", SDXL) is None
+    assert PLACES[place_of("lora_unet_time_embed_0", SDXL)] == "IN00", "as the time embedding of the other families"
+    assert place_of("lora_unet_out_2", SDXL) is None
     assert place_of(FIRST, SDXL) == place_of(SECOND, SDXL) == 0
 
 
