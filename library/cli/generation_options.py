@@ -22,7 +22,7 @@ from library.generation.options import (
     PictureOptions,
     Precision,
 )
-from library.generation.requests import MAX_SEED, MAX_STEPS, MIN_SIZE
+from library.generation.requests import MAX_SEED, MAX_STEPS, MIN_SIZE, SECOND_TEXTS, SIZES
 from library.generation.samplers import find_sampler
 from library.prompts.lora_tags import STYLES
 from networks.registry import resolve_network_module
@@ -402,13 +402,7 @@ _SETTINGS: dict[str, str] = {
     "sampler": "sampler",
     "clip_skip": "clip_skip",
     "refiner_start": "refiner_start",
-    **{
-        name: name
-        for name in (
-            *("prompt_2", "negative_prompt_2", "original_width", "original_height"),
-            *("original_width_negative", "original_height_negative", "crop_top", "crop_left"),
-        )
-    },
+    **{name: name for name in (*SECOND_TEXTS, *SIZES)},
     "strength": "strength",
     "highres_fix_scale": "highres_scale",
     "highres_fix_steps": "highres_steps",

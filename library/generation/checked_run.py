@@ -13,6 +13,7 @@ from library.generation.lines import prompt_lines
 from library.generation.options import GenerationOptions, PictureOptions
 from library.generation.planning import SEEDS, Plan, Settings, repetition_notes, rounding_notes
 from library.generation.prompt_options import PromptLine
+from library.generation.requests import SECOND_TEXTS, SIZES
 from library.prompts.choices import Wildcards
 
 if TYPE_CHECKING:
@@ -91,17 +92,10 @@ def check_run(options: GenerationOptions, left_out: list[UserError]) -> CheckedR
     )
 
 
-_OF_TWO_ENCODERS = ("prompt_2", "negative_prompt_2")
-_OF_SIZES = (
-    *("original_width", "original_height", "original_width_negative", "original_height_negative"),
-    *("crop_top", "crop_left"),
-)
-
-
 def _without_effect(family: ModelFamily) -> dict[str, str]:
     """Fields of requests that models of a family have no use for, and why."""
-    second = {} if len(family.text_encoders) > 1 else dict.fromkeys(_OF_TWO_ENCODERS, "has one text encoder")
-    sizes = {} if family.size_conditions else dict.fromkeys(_OF_SIZES, "is told no sizes")
+    second = {} if len(family.text_encoders) > 1 else dict.fromkeys(SECOND_TEXTS, "has one text encoder")
+    sizes = {} if family.size_conditions else dict.fromkeys(SIZES, "is told no sizes")
     return {field: f"{family.title} {why}; leave it out" for field, why in {**second, **sizes}.items()}
 
 

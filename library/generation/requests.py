@@ -16,10 +16,14 @@ LATENT_FACTOR = 8
 MIN_SIZE = 64
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
-_SIZES = (
+SECOND_TEXTS = ("prompt_2", "negative_prompt_2")
+"""Fields that only families with a second text encoder have a use for."""
+
+SIZES = (
     *("original_width", "original_height", "original_width_negative", "original_height_negative"),
     *("crop_top", "crop_left"),
 )
+"""Fields that only families that are told sizes have a use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class ImageRequest:
             (f"a refiner's start at {self.refiner_start}", self.refiner_start, 0, 1),
             (f"guidance rescale {self.guidance_rescale}", self.guidance_rescale, 0, 1),
             (f"{self.highres_steps} steps of the first stage", self.highres_steps, 1, MAX_STEPS),
-            *((f"{name} {getattr(self, name)}", getattr(self, name) or 0, 0, math.inf) for name in _SIZES),
+            *((f"{name} {getattr(self, name)}", getattr(self, name) or 0, 0, math.inf) for name in SIZES),
             (f"clip skip {self.clip_skip}", 1 if self.clip_skip is None else self.clip_skip, 1, math.inf),
             (f"a first stage of {self.highres_scale}", 1 if self.highres_scale is None else self.highres_scale, 0.05, 1),
         )
