@@ -12,6 +12,7 @@ way; at strength 1 both are the same.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Self
@@ -87,7 +88,7 @@ class BOFTModule(RotationAdapter):
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """See `Adapter.effect`. What has fewer values is turned, the layer's weight or its output, and the stages are run
         again in the backward pass, or every one of them would be kept."""
-        if output.numel() > layer.get_parameter("weight").numel():
+        if output.numel() > math.prod(self.spec.weight_shape):
             return Adapter.effect(self, layer, x, output)
         if torch.is_grad_enabled() and self.training:
             return checkpoint(super().effect, layer, x, output, use_reentrant=False, preserve_rng_state=False)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import Adapter, LayerSpec, Weight
+from networks.core.adapter import Adapter, LayerSpec, Weight, weight_of
 from networks.core.algorithms import Algorithm
 
 _OTHER_NAMES = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight", "b2.weight": "b1.weight"}
@@ -136,7 +136,7 @@ class GLoRAModule(Adapter):
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """See `Adapter.effect`. The base weight meets a1 alone, so that nothing larger than it is formed, and the input
         passes two changes of low rank."""
-        x, weight, a1, a2, b1, b2 = self.matching_dtypes(x, layer.get_parameter("weight"), *self._factors)
+        x, weight, a1, a2, b1, b2 = self.matching_dtypes(x, weight_of(layer), *self._factors)
         factor = self.multiplier * self.scale
         through = self.spec.apply(self._pointwise(x, a2) * factor, through_base(weight, a1))
         return through + self._pointwise(self.spec.apply(x, b2) * factor, b1)

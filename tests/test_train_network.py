@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from library.checkpoints.base_model import open_base_model
+from library.checkpoints.packed_weights import PackedLayer
 from tests.support.command_lines import (
     ENVIRONMENT,
     ROOT,
@@ -193,6 +196,52 @@ def test_too_many_captions_leave_the_text_encoders_where_they_are(train, monkeyp
     finished, out = train(*VARIED, "--cache_text_encoder_outputs", out="cached")
     assert re.search(r"text cache: the run has more than \d+ different captions, so the text encoders stay", finished.out)
     assert equal(plain, out)
+
+
+def with_rounded_weights(folder: Path, target: Path, weight_format: str, *, unet_only: bool) -> Path:
+    """A copy of a model whose weights are those that packed layers form."""
+    base = open_base_model(folder)
+    settings = {"dtype": torch.float32, "device": "cpu", "weight_format": weight_format}
+    packed = {"unet": base.load_denoiser(**settings)}
+    if not unet_only:
+        names = [encoder.part for encoder in base.family.text_encoders]
+        packed |= dict(zip(names, base.load_text_encoders(**settings), strict=True))
+    shutil.copytree(folder, target)
+    for part, model in packed.items():
+        (path,) = (target / part).glob("*.safetensors")
+        tensors = load_file(path)
+        for name, layer in model.named_modules():
+            if isinstance(layer, PackedLayer):
+                tensors[f"{name}.weight"] = layer.weight
+        save_file(tensors, path, {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("option", ["fp8_base", "fp8_base_unet", "nf4_base", "nf4_base_unet"])
+def test_a_base_model_in_fewer_bits_trains_as_that_of_the_rounded_weights(train, request, tmp_path, family, option):
+    weight_format, unet_only = option[:3], option.endswith("unet")
+    folder = request.getfixturevalue(f"tiny_{family}_folder")
+    rounded = with_rounded_weights(folder, tmp_path / "rounded", weight_format, unet_only=unet_only)
+    _, wanted = train(out="wanted", pretrained_model_name_or_path=rounded, optimizer_type="SGD")
+    finished, out = train(
+        f"--{option}", "--gradient_checkpointing", pretrained_model_name_or_path=folder, optimizer_type="SGD"
+    )
+    finished.require_success()
+    learned, expected = (load_file(path / "mine.safetensors") for path in (out, wanted))
+    keys = [key for key in expected if "lora_up" in key]  # what began as zero
+    apart = torch.cat([(learned[key] - expected[key]).flatten() for key in keys]).norm()
+    assert apart < 1e-4 * torch.cat([expected[key].flatten() for key in keys]).norm()
+    parts = "the U-Net's weights" if unet_only else "its weights"
+    assert f"base model in fp32 with {parts} kept in {weight_format}, adapter in fp32" in finished.out
+    told = re.search(rf"U-Net kept in {weight_format}: its blocks take (\S+) MB instead of (\S+), .* (\S+)\n", finished.out)
+    packed, plain_size, error = map(float, told.groups())
+    assert packed / plain_size == pytest.approx({"fp8": 8 / 32, "nf4": 4.5 / 32}[weight_format], rel=0.05)
+    assert error == pytest.approx({"fp8": 0.026, "nf4": 0.092}[weight_format], rel=0.1)
+    metadata = header(out / "mine.safetensors")
+    asked = {option, f"{weight_format}_base_unet"}
+    for each in ("fp8_base", "fp8_base_unet", "nf4_base", "nf4_base_unet"):
+        assert metadata[f"ss_{each}"] == str(each in asked)
 
 
 @of_families
@@ -463,6 +512,12 @@ def test_outputs_of_text_encoders_that_are_trained_are_not_cached(train):
     finished, out = train("--cache_text_encoder_outputs_to_disk")
     assert_refused(finished, "--cache_text_encoder_outputs_to_disk: cannot be used with text encoders that are trained")
     assert "give --network_train_unet_only as well" in finished.err
+    assert not out.exists()
+
+
+def test_a_base_model_is_kept_in_one_format(train):
+    finished, out = train("--nf4_base_unet", "--fp8_base")
+    assert_refused(finished, "--fp8_base: a base model in 4 bits is not kept in 8 as well", "leave out --nf4_base")
     assert not out.exists()
 
 

@@ -16,13 +16,15 @@ from library.checkpoints.single_file import check_vae, read_checkpoint, vae_of_f
 from library.checkpoints.tensor_files import open_tensor_file
 from library.checkpoints.tokenizers import load_tokenizer, shipped_tokenizer
 from library.errors import UserError
-from library.families.detect import FAMILIES, family_of_folder
+from library.families.detect import check_only_family, family_of_folder
 from library.families.family import EPSILON, V_PREDICTION, ModelFamily, PredictionType
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from library.checkpoints.packed_weights import WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +55,22 @@ class BaseModelFiles:
     beside: tuple[str, ...] = field(default=())
     unmatched: tuple[str, ...] = field(default=())
 
-    def load_denoiser(self, *, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
+    def load_denoiser(
+        self, *, dtype: torch.dtype, device: torch.device | str, weight_format: WeightFormat | None = None
+    ) -> UNet2DConditionModel:
         """The U-Net, frozen, in evaluation mode; `UserError` where the file lacks some of it."""
-        return self.parts[UNET].load(dtype=dtype, device=device)
+        return self.parts[UNET].load(dtype=dtype, device=device, weight_format=weight_format)
 
     def load_vae(self, *, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
         """The autoencoder, frozen, in evaluation mode."""
         return self.parts[VAE].load(dtype=dtype, device=device)
 
-    def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> list[CLIPTextModel]:
+    def load_text_encoders(
+        self, *, dtype: torch.dtype, device: torch.device | str, weight_format: WeightFormat | None = None
+    ) -> list[CLIPTextModel]:
         """The text encoders, frozen, in evaluation mode, in the family's order."""
-        return [self.parts[encoder.part].load(dtype=dtype, device=device) for encoder in self.family.text_encoders]
+        parts = [self.parts[encoder.part] for encoder in self.family.text_encoders]
+        return [part.load(dtype=dtype, device=device, weight_format=weight_format) for part in parts]
 
     def empty_denoiser(self) -> UNet2DConditionModel:
         """The U-Net on the meta device: its structure at no cost."""
@@ -157,12 +164,7 @@ def open_base_model(
     if (model.family.refines is not None) is not refiner:
         remedy = "give a refiner" if refiner else "give a model that draws from noise"
         raise UserError(f"is {model.family.title}", where=str(model.path), remedy=remedy)
-    if family not in (None, model.family.name):
-        wanted = next(each.title for each in FAMILIES if each.name == family)
-        what = f"is {model.family.title}, and this script is for {wanted} only"
-        raise UserError(
-            what, where=str(model.path), remedy="use the one without sdxl_ in its name, which takes every family"
-        )
+    check_only_family(model.family, family, where=str(model.path))
     if vae_path is None:
         return model
     vae = open_vae(vae_path, model.family)

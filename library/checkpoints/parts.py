@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.checkpoints.packed_weights import PackedLayer, WeightFormat
+
 UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "vae", "text_encoder", "text_encoder_2"
 CONTROL_NET = "control_net"
 SHOWN = 3  # tensors that a sentence names
@@ -89,8 +91,11 @@ class ModelPart:
         with torch.device("meta"):
             return _module_of(self.kind, self.config)
 
-    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    def load(self, *, dtype: torch.dtype, device: torch.device | str, weight_format: WeightFormat | None = None) -> Any:
         """The module with its values, frozen, in evaluation mode.
+
+        Args:
+            weight_format: what the weights of its blocks are kept in (`packed_weights`); None for the dtype itself.
 
         Raises:
             UserError: where a tensor is missing, is not part of the module, or has another shape.
@@ -98,8 +103,12 @@ class ModelPart:
         module = self.build_empty()
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         check_tensors(self, shapes)
+        packable = {} if weight_format is None else _make_packable(module)
         for name, shape in shapes.items():
             tensor = self.sources[name].read().reshape(shape)
+            if weight_format is not None and name in packable:
+                packable[name].hold(tensor.to(device), weight_format, dtype)
+                continue
             tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
             _put(module, name, tensor)
         _fill_computed_buffers(module, self.kind, device)
@@ -118,6 +127,12 @@ def _module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
     import diffusers
 
     return getattr(diffusers, _DIFFUSERS_CLASSES[kind]).from_config(dict(config))
+
+
+def _make_packable(module: nn.Module) -> dict[str, PackedLayer]:
+    from library.checkpoints.packed_weights import make_packable
+
+    return make_packable(module)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

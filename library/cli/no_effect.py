@@ -64,6 +64,8 @@ RULES: tuple[NoEffect, ...] = (
     NoEffect(("disable_mmap_load_safetensors",), _always, "files are read tensor by tensor, which takes least memory"),
     NoEffect(("cache_info",), _always, "scanning a folder needs no memory of it"),
     NoEffect(("persistent_data_loader_workers",), _always, "workers are always kept between epochs"),
+    NoEffect(("fp8_base_unet",), lambda parsed: parsed["fp8_base"], "--fp8_base is given as well"),
+    NoEffect(("nf4_base_unet",), lambda parsed: parsed["nf4_base"], "--nf4_base is given as well"),
     NoEffect(("lowram",), _always, "weights are always read straight to the device"),
     NoEffect(("highvram",), _always, "device memory is always kept"),
     NoEffect(("mem_eff_attn",), _always, "torch's scaled_dot_product_attention is used"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.cli.key_values import key_literals, key_values
 from library.cli.no_effect import options_without_effect
@@ -32,6 +32,9 @@ from library.training.options import (
     ScheduleOptions,
     TrainingOptions,
 )
+
+if TYPE_CHECKING:
+    from library.checkpoints.packed_weights import WeightFormat
 
 DESCRIPTION = "Train a LoRA-type adapter for Stable Diffusion 1.x, 2.x or XL."
 REQUIRED = {
@@ -142,6 +145,13 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
         "leaves nothing to train beside --network_train_text_encoder_only",
         "--network_train_unet_only",
         "give one of the two",
+    )
+    in_8_bits = [f"--{name}" for name in ("fp8_base", "fp8_base_unet") if parsed[name]]
+    refuse(
+        in_8_bits and (parsed["nf4_base"] or parsed["nf4_base_unet"]),
+        "a base model in 4 bits is not kept in 8 as well",
+        " ".join(in_8_bits),
+        "leave it out, or leave out --nf4_base",
     )
     legacy = [name for name in ("use_8bit_adam", "use_lion_optimizer") if parsed[name]]
     for name in legacy:
@@ -268,10 +278,18 @@ def _length(parsed: ParsedOptions) -> LengthOptions:
 def _compute(parsed: ParsedOptions) -> ComputeOptions:
     return ComputeOptions(
         mixed_precision=parsed["mixed_precision"],
+        unet_format=_weight_format(parsed, "base", "base_unet"),
+        text_encoder_format=_weight_format(parsed, "base"),
         gradient_checkpointing=parsed["gradient_checkpointing"],
         xformers=parsed["xformers"],
         data_workers=parsed["max_data_loader_n_workers"],
     )
+
+
+def _weight_format(parsed: ParsedOptions, *endings: str) -> WeightFormat | None:
+    """The format that one of the options with these endings asks for."""
+    formats: tuple[WeightFormat, ...] = ("fp8", "nf4")
+    return next((each for each in formats for ending in endings if parsed[f"{each}_{ending}"]), None)
 
 
 def _saving(parsed: ParsedOptions) -> SavingOptions:

@@ -184,10 +184,16 @@ METHOD_OPTIONS = (
             Option(
                 name="fp8_base",
                 type=FLAG,
-                help="U-Net and TE weights stored as float8_e4m3fn (needs torch>=2.1 and mixed precision)",
-                later="8-bit base models come later",
+                help="keep the frozen weights of U-Net and text encoder in 8 bits (float8_e4m3fn with scales)",
             ),
-            Option(name="fp8_base_unet", type=FLAG, help="only the U-Net in float8", later="8-bit base models come later"),
+            Option(name="fp8_base_unet", type=FLAG, help="only those of the U-Net"),
+            Option(
+                name="nf4_base",
+                type=FLAG,
+                help="keep the frozen weights of U-Net and text encoder in 4 bits (NF4, as QLoRA does)",
+                extension=True,
+            ),
+            Option(name="nf4_base_unet", type=FLAG, help="only those of the U-Net", extension=True),
             Option(name="no_half_vae", type=FLAG, help="run the VAE in fp32"),
             Option(
                 name="lowram",

@@ -31,6 +31,22 @@ FAMILY_FLAGS: Mapping[str, ModelFamily] = {family.flag: family for family in FAM
 
 _TITLES = " or ".join([", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title])
 
+
+def check_only_family(found: ModelFamily, wanted: str | None, *, where: str) -> None:
+    """Refuse a file of another family than that of a script which is for one only.
+
+    Args:
+        wanted: the family's name; None for any.
+
+    Raises:
+        UserError
+    """
+    if wanted not in (None, found.name):
+        title = next(family.title for family in FAMILIES if family.name == wanted)
+        what = f"is for {found.title}, and this script is for {title} only"
+        raise UserError(what, where=where, remedy="use the one without sdxl_ in its name, which takes every family")
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _UNET = "model.diffusion_model."

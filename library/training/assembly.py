@@ -62,7 +62,9 @@ def build_loop(run: PlannedRun, latents: LatentCache | None, conditions: Conditi
     device = accelerator.device
     texts = _texts_for_the_loop(run, known=conditions is not None)
     encoders = texts.modules
-    unet: Any = run.base.load_denoiser(dtype=run.dtype, device=device)
+    unet: Any = run.base.load_denoiser(dtype=run.dtype, device=device, weight_format=options.compute.unet_format)
+    if options.compute.unet_format is not None:
+        run.say(prepare.packing_line(unet, options.compute.unet_format))
     prepare.freeze(unet, *encoders, checkpointing=options.compute.gradient_checkpointing)
     if options.compute.gradient_checkpointing:
         prepare.enable_checkpointing(unet, encoders)
@@ -195,7 +197,10 @@ def _texts_for_the_loop(run: PlannedRun, *, known: bool) -> TextEncoders:
     if known and not run.options.previews.prompts:
         return _texts(run, for_adapters(run, run.base.empty_text_encoders()))
     device = "cpu" if known else run.accelerator.device
-    return _texts(run, run.base.load_text_encoders(dtype=run.dtype, device=device))
+    # Those on the CPU are no burden to the device, and those that filled the cache were not packed either.
+    weight_format = None if known else run.options.compute.text_encoder_format
+    modules = run.base.load_text_encoders(dtype=run.dtype, device=device, weight_format=weight_format)
+    return _texts(run, modules)
 
 
 def _conditions_made_by_steps(run: PlannedRun, texts: TextEncoders) -> ConditionsOf:

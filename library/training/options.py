@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from library.checkpoints.packed_weights import WeightFormat
     from library.dataset.options import DatasetOptions
     from library.diffusion.losses import LossOptions
     from library.diffusion.noise import NoiseOptions
@@ -105,9 +106,15 @@ class LengthOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """Precision, memory and the machine."""
+    """Precision, memory and the machine.
+
+    Attributes:
+        unet_format, text_encoder_format: what the frozen weights are kept in; None for the dtype of the arithmetic.
+    """
 
     mixed_precision: str = "no"
+    unet_format: WeightFormat | None = None
+    text_encoder_format: WeightFormat | None = None
     gradient_checkpointing: bool = False
     xformers: bool = False
     data_workers: int = 8

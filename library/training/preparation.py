@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from library.checkpoints.packed_weights import WeightFormat
     from networks.building.summary import GroupSummary
 
 
@@ -59,12 +60,16 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
         find_unused: adapters may be left out of a step (layer drop-out, clip skip), which DDP has to be told.
 
     Raises:
-        UserError: the precision does not fit the device.
+        UserError: the precision, or what weights are kept in, does not fit the device.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     device = best_device()
     compute_dtype(compute.mixed_precision, device, where=f"--mixed_precision {compute.mixed_precision}")
+    if compute.unet_format is not None:
+        from library.checkpoints.packed_weights import check_weight_format
+
+        check_weight_format(compute.unet_format, device, where=f"--{compute.unet_format}_base")
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused, broadcast_buffers=False)]
     # Without cpu=True accelerate starts processes on a CPU that do not know of each other, each training by itself.
     return Accelerator(mixed_precision=compute.mixed_precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
@@ -352,3 +357,12 @@ def enable_checkpointing(denoiser: Any, text_encoders: Sequence[Any]) -> None:
     denoiser.enable_gradient_checkpointing()
     for encoder in text_encoders:
         encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def packing_line(module: nn.Module, weight_format: WeightFormat) -> str:
+    """What keeping a denoiser's weights in fewer bits has saved and cost."""
+    from library.checkpoints.packed_weights import summarise_packing
+
+    summary = summarise_packing(module)
+    sizes = f"{summary.nbytes / 1e6:,.1f} MB instead of {summary.plain_nbytes / 1e6:,.1f}"
+    return f"U-Net kept in {weight_format}: its blocks take {sizes}, with a relative error of {summary.error:.4f}"

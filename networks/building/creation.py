@@ -26,7 +26,7 @@ from networks.building.rules import Rule, first_setting, matches, ruled_options
 from networks.building.selection import SELECTION_ARGUMENTS, Selection, read_selection
 from networks.building.targets import Target, family_of_models, model_layers
 from networks.core import arguments
-from networks.core.adapter import Adapter
+from networks.core.adapter import Adapter, weight_of
 from networks.core.algorithms import Algorithm, algorithm, algorithm_of
 from networks.core.arguments import Parser
 from networks.formats import files
@@ -189,7 +189,7 @@ def create_network(
         adapter = _new_adapter(target, own, selection, plan, values)
         if adapter is not None:
             # A stream for each layer: its values depend neither on the other layers, nor on their order or the device.
-            adapter.initialise(torch_stream(seed, f"init {target.name}"), target.layer.get_parameter("weight").detach())
+            adapter.initialise(torch_stream(seed, f"init {target.name}"), weight_of(target.layer).detach())
             adapters.append(adapter)
             targets.append(target)
     if not targets:

@@ -23,7 +23,7 @@ from library.streams import torch_stream
 from networks.building.groups import RateFactors, parameter_groups, text_encoder_rates
 from networks.building.summary import GroupSummary, summarise
 from networks.building.targets import DENOISER, TEXT_ENCODERS, Part, Target, text_encoder_list
-from networks.core.adapter import Adapter
+from networks.core.adapter import Adapter, weight_of
 from networks.formats import files
 from networks.formats.keys import to_kohya
 
@@ -363,7 +363,7 @@ class AdapterNetwork(nn.Module):
         Returns:
             How many were scaled; mean and maximum of the norms afterwards. Reading them is the only wait for the device.
         """
-        norms = torch.stack([adapter.delta_norm(target.layer.get_parameter("weight")) for target, adapter in self.items()])
+        norms = torch.stack([adapter.delta_norm(weight_of(target.layer)) for target, adapter in self.items()])
         factors = (max_norm_value / norms.clamp(min=max_norm_value)).to(norms.dtype)
         for factor, (_, adapter) in zip(factors, self.items(), strict=True):
             adapter.scale_delta_(factor)

@@ -105,6 +105,13 @@ class LayerSpec:
         return vector.view(-1, 1, 1) if self.channel_axis == 1 else vector
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """A base layer's weight; one that is kept in fewer bits is formed when it is asked for."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def kept_by_dropout(shape: Sequence[int], share: float, device: torch.device) -> Tensor:
     """A mask that is False for a random share of its places.
 
@@ -206,7 +213,7 @@ class Adapter(nn.Module):
         return self._dense_effect(layer, x)
 
     def _dense_effect(self, layer: nn.Module, x: Tensor) -> Tensor:
-        delta, bias = self.delta_weight(layer.get_parameter("weight")) * self.multiplier, self.delta_bias()
+        delta, bias = self.delta_weight(weight_of(layer)) * self.multiplier, self.delta_bias()
         if bias is not None:
             bias = bias.to(x.device) * self.multiplier
         x, delta = self.matching_dtypes(x, delta)
@@ -248,7 +255,7 @@ class Adapter(nn.Module):
         It is what came, unless other hooks stand on the layer, which may have changed it; then it is computed again.
         """
         if len(layer._forward_hooks) > 1:
-            return self.spec.apply(x, layer.get_parameter("weight"))
+            return self.spec.apply(x, weight_of(layer))
         return output - self.spec.along_channels(layer.get_parameter("bias")) if self.spec.has_bias else output
 
     def drop_module(self, value: Tensor) -> Tensor:

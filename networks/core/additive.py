@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter, LayerSpec, kept_by_dropout
+from networks.core.adapter import Adapter, LayerSpec, kept_by_dropout, weight_of
 from networks.core.products import singular_values_of_product, svd, svd_of_product
 
 MagnitudeAxis = Literal["input", "output"]
@@ -157,7 +157,7 @@ class AdditiveAdapter(Adapter):
         """See `Adapter.effect`. With DoRA the ratio of magnitudes acts on the input or output instead of the weight."""
         if self.dora_scale is None:
             return self.own_effect(x, self.multiplier)
-        weight = layer.get_parameter("weight")
+        weight = weight_of(layer)
         with torch.no_grad():
             delta = self.own_delta().to(weight.device)
         ratio = self._magnitude_ratio(weight, delta)
