@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from library.cli.doors import run_door
-from library.cli.generation_options import parse_generation
+from library.cli.generation import parse_generation
 
 
-def generate(argv: Sequence[str], family: str | None = None) -> int:
-    options = parse_generation(argv, family)
+def generate(program: str, family: str | None, argv: Sequence[str]) -> int:
+    options = parse_generation(argv, program, family)
     if isinstance(options, Path):
         from library.generation.run import list_adapters
 
@@ -29,7 +30,7 @@ def generate(argv: Sequence[str], family: str | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door("gen_img_diffusers", generate, argv)
+    return run_door("gen_img_diffusers", partial(generate, "gen_img_diffusers", None), argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from library.families.sdxl import SDXL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door("sdxl_gen_img", partial(generate, family=SDXL.name), argv)
+    return run_door("sdxl_gen_img", partial(generate, "sdxl_gen_img", SDXL.name), argv)
 
 
 if __name__ == "__main__":

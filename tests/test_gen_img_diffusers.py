@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
 import sdxl_gen_img
-from library.cli.generation_options import GENERATION_OPTIONS, parse_generation
+from library.cli.generation import parse_generation
+from library.cli.generation_options import GENERATION_OPTIONS
 from library.cli.options import FLAG, all_options
 from library.families.sd1 import SD1
 from library.families.sdxl_refiner import SDXL_REFINER
@@ -43,9 +44,7 @@ def test_help_answers_without_torch():
     result = run("--help")
     assert result.returncode == 0
     assert "--network_weights" in result.stdout
-    check = (
-        "import sys, library.cli.generation_options; assert not {'torch', 'numpy', 'PIL', 'diffusers'} & set(sys.modules)"
-    )
+    check = "import sys, library.cli.generation; assert not {'torch', 'numpy', 'PIL', 'diffusers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
@@ -288,7 +287,9 @@ def test_each_model_has_its_place(capsys, tiny_sd1_folder, tiny_sdxl_folder, ref
     said = refused(capsys, *common, tiny_sd1_folder, "--refiner", refiner)
     assert "is Stable Diffusion XL's refiner, and the base model is Stable Diffusion 1.x; leave it out" in said
     assert sdxl_gen_img.main(list(map(str, (*common, tiny_sd1_folder)))) == 2
-    said = "is Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_ in its name"
+    said = (
+        "is for Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_ in its name"
+    )
     assert f"sdxl_gen_img: {tiny_sd1_folder}: {said}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 

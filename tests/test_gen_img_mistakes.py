@@ -44,7 +44,7 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     # the command line
     (("--promt", "a"), ("--promt", "did you mean prompt")),
     ((), ("no prompt is given", "--prompt TEXT")),
-    (("--prompt", "a", "--from_file", "x.txt"), ("--prompt and --from_file", "give one of them")),
+    (("--prompt", "a", "--from_file", "x.txt"), ("--prompt --from_file", "give one of them")),
     (("--prompt", "a", "--steps", "many"), ("--steps", "'many' is not a whole number")),
     (("--prompt", "a", "--steps", "0"), ("--steps 0", "give 1 to 1000")),
     (("--prompt", "a", "--W", "20"), ("--W 20", "give 64 or more")),

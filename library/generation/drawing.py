@@ -43,14 +43,14 @@ def typed_pictures(run: CheckedRun) -> Iterator[list[PlannedPicture]]:
         seed = random.SystemRandom().randrange(SEEDS) if run.options.pictures.seed is None else run.plan.seed + number - 1
         plan = Plan(**{**vars(run.plan), "seed": seed % SEEDS, "iterations": 1})
         pictures = [] if line is None else planned_pictures([line], run.defaults, plan, problems)
-        tell(problems)
+        tell(problems, run.options.program)
         yield pictures
 
 
-def tell(problems: Sequence[UserError]) -> None:
+def tell(problems: Sequence[UserError], program: str) -> None:
     """Say what cannot be drawn, while the rest is."""
     for problem in problems:
-        print(f"gen_img_diffusers: {problem}", file=sys.stderr, flush=True)
+        print(f"{program}: {problem}", file=sys.stderr, flush=True)
 
 
 def _nothing(*_: Any) -> None:
@@ -129,7 +129,7 @@ class Drawing:
             UserError(each.what, where=f"{place}, {each.where}" if each.where else place, remedy=each.remedy)
             for each in error.problems
         ]
-        tell(problems)
+        tell(problems, self._run.options.program)
         self._left_out += problems
 
     def _save_first_stage(

@@ -147,8 +147,13 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """One run."""
+    """One run.
 
+    Attributes:
+        program: the script's name, for sentences about what is left out.
+    """
+
+    program: str = "gen_img_diffusers"
     model: ModelOptions
     pictures: PictureOptions
     output: OutputOptions

@@ -42,7 +42,7 @@ def run_generation(options: GenerationOptions) -> int:
         check_comparisons(pictures, options)
     for note in [*notes, *run.notes]:
         print(note)
-    tell(_each_once(left_out))
+    tell(_each_once(left_out), options.program)
     count = draw_grids(run, pictures) if options.pictures.axes else _draw_single(run, pictures, left_out)
     seconds = time.perf_counter() - started
     print(f"{counted(count, 'picture')} in {options.output.folder} ({seconds:.1f} s)")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from library.cli.generation_options import parse_generation
+from library.cli.generation import parse_generation
 from library.cli.options import all_options, parse
 from library.cli.training_options import TRAINING_OPTIONS
 from tools.demo import contact_sheet, lettering, loss_curve, run
