@@ -21,8 +21,8 @@ from library.cli.doors import run_door
 from library.cli.weight_tools import tell
 
 
-def work(argv: Sequence[str]) -> int:
-    options, places = parse_merge_lora(argv, description=__doc__ or "")
+def work(argv: Sequence[str], family: str | None = None) -> int:
+    options, places = parse_merge_lora(argv, description=__doc__ or "", family=family)
     from library.training.progress import CountBar
     from networks.tools.adapter_merging import AdapterMerge, merge_adapters
     from networks.tools.checkpoint_merging import merge_into_checkpoint

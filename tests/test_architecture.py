@@ -70,11 +70,11 @@ def args_parameters(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def family_names(path: str, tree: ast.Module) -> Iterator[str]:
-    """Law 2: a family is data; no other room asks which one it is. Options of command lines may be called as one."""
+    """Law 2: a family is data; no other room asks which one it is. Options and doors of its name may be called as one."""
     names = r"sd[12]|sdxl|sd_v[12]\w*|sdxl_base\S*|stable-diffusion-(v[12]|xl)\S*"
     if path.startswith("library/cli/"):
         names = names.replace("|sdxl|", "|")
-    if path.startswith("library/families/"):
+    if path.startswith("library/families/") or path == "networks/sdxl_merge_lora.py":
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

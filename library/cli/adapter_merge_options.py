@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,8 +151,13 @@ SVD_MERGE_LORA_OPTIONS = (
 )
 
 
-def parse_merge_lora(argv: Sequence[str], *, description: str) -> tuple[CheckpointMerge | AdapterMerge, ReportPlaces]:
+def parse_merge_lora(
+    argv: Sequence[str], *, description: str, family: str | None = None
+) -> tuple[CheckpointMerge | AdapterMerge, ReportPlaces]:
     """What a command line of merge_lora.py asks for, and where it is told of.
+
+    Args:
+        family: name of the only family whose models and adapters are taken; None takes all.
 
     Raises:
         UserError: all that is wrong with it.
@@ -169,11 +175,12 @@ def parse_merge_lora(argv: Sequence[str], *, description: str) -> tuple[Checkpoi
     inputs = attempt(lambda: _inputs(given), problems) or ()
     raise_all(problems)
     if into_model:
-        return _checkpoint_merge(given, inputs), report_places(given)
+        return replace(_checkpoint_merge(given, inputs), family=family), report_places(given)
     limit = None
     if given["new_rank"] is not None or given["new_conv_rank"] is not None or share is not None:
         limit = _rank_limit(given, share)
-    return _adapter_merge(given, inputs, limit=limit, shuffle=given["shuffle"], v2=given["v2"]), report_places(given)
+    merge = _adapter_merge(given, inputs, limit=limit, shuffle=given["shuffle"], v2=given["v2"])
+    return replace(merge, family=family), report_places(given)
 
 
 def parse_svd_merge_lora(argv: Sequence[str], *, description: str) -> tuple[AdapterMerge, ReportPlaces]:

@@ -68,6 +68,7 @@ class AdapterMerge:
         arithmetic: torch's name of the type in which factors and differences are multiplied by ratios and added.
         saved: torch's name of the type to save in; None for the widest that each layer has in the files.
         v2: whether the user says that all is for SD2.
+        family: name of the only one whose adapters are taken; None takes all.
         device: where to compute.
         allow_unmatched: go on without layers that the family's models have not.
         with_metadata: write ModelSpec's fields.
@@ -82,6 +83,7 @@ class AdapterMerge:
     arithmetic: str = "float32"
     saved: str | None = None
     v2: bool = False
+    family: str | None = None
     device: str = "cpu"
     allow_unmatched: bool = False
     with_metadata: bool = True
@@ -153,7 +155,8 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> ToolReport:
     target = options.target
     check_writable(target)
     base = BaseWeights.open(options.base)
-    sources = open_sources(options.inputs, v2=options.v2, default=base.model.family if base else None)
+    default = base.model.family if base else None
+    sources = open_sources(options.inputs, v2=options.v2, default=default, family=options.family)
     family = sources[0].family
     if base is not None:
         base.check_family(family, f"--base {options.base}")

@@ -62,6 +62,7 @@ class CheckpointMerge:
     arithmetic: str = "float32"
     saved: str | None = None
     v2: bool = False
+    family: str | None = None
     allow_unmatched: bool = False
     with_metadata: bool = True
 
@@ -204,7 +205,7 @@ def merge_into_checkpoint(options: CheckpointMerge, *, progress: Progress) -> To
     """
     is_folder = options.target.suffix == ""
     _check_target(options, is_folder)
-    model = open_base_model(options.base, v2=options.v2 or None)
+    model = open_base_model(options.base, v2=options.v2 or None, family=options.family)
     sources = open_sources(options.inputs, v2=options.v2, default=model.family)
     if model.family != sources[0].family:
         what = f"is {model.family.title}, and {sources[0].where} is for {sources[0].family.title}"

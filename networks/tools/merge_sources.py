@@ -13,7 +13,7 @@ from torch import Tensor
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, attempt, counted, raise_all, some_names
 from library.families.block_weights import place_of
-from library.families.detect import FAMILIES
+from library.families.detect import FAMILIES, check_only_family
 from library.families.family import ModelFamily
 from networks.formats.file_adapters import FileLayers, family_of_adapter_file, told_family
 from networks.formats.layer_names import layer_names
@@ -85,26 +85,35 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.itemsize == 1 else value
 
 
-def open_sources(inputs: Sequence[MergeInput], *, v2: bool = False, default: ModelFamily | None = None) -> list[Source]:
+def open_sources(
+    inputs: Sequence[MergeInput],
+    *,
+    v2: bool = False,
+    default: ModelFamily | None = None,
+    family: str | None = None,
+) -> list[Source]:
     """Open all files.
 
     Args:
         inputs: one or more.
         v2: whether the user says that they are for SD2.
-        default: of files that do not tell; None for what another one tells, and else what `v2` says.
+        default: of files that do not tell; None for what another one tells, and else what `v2` or `family` says.
+        family: name of the only one that will do; None for any.
 
     Raises:
         UserError: all that cannot be used, or adapters for different models.
     """
     problems: list[UserError] = []
     files = [attempt(partial(open_tensor_file, given.path), problems) for given in inputs]
-    told = [family for file in files if file is not None and (family := told_family(file)) is not None]
-    default = default or next(iter(told), next(family for family in FAMILIES if family.is_v2 is v2))
+    told = [each for file in files if file is not None and (each := told_family(file)) is not None]
+    said = [each for each in FAMILIES if each.name == family] or [each for each in FAMILIES if each.is_v2 is v2]
+    default = default or (told or said)[0]
     pairs = [(given, file) for given, file in zip(inputs, files, strict=True) if file is not None]
     attempted = [attempt(partial(_source, given, file, default), problems) for given, file in pairs]
     opened = [source for source in attempted if source is not None]
     raise_all(problems)
     first = opened[0]
+    check_only_family(first.family, family, where=first.where)
     for source in opened[1:]:
         if source.family != first.family:
             what = f"is for {source.family.title}, while {first.where} is for {first.family.title}"

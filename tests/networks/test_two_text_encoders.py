@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.checkpoints.base_model import open_base_model
 from library.checkpoints.tensor_files import open_tensor_file
@@ -19,7 +19,7 @@ from networks.formats.keys import kohya_key, to_kohya
 from networks.formats.layer_names import layer_names
 from networks.formats.readers import readings
 from networks.formats.traits import Header
-from tests.support.command_lines import run_script
+from tests.support.command_lines import assert_refused, run_script
 
 ALGORITHMS = {
     "lora": {"conv_dim": "2"},
@@ -216,6 +216,16 @@ def test_what_was_merged_is_extracted(sdxl, tiny_sdxl_file, tmp_path, capsys):
         up, down = (found[f"{name}.lora_{half}.weight"].flatten(1) for half in ("up", "down"))
         wanted = given[f"{name}.lora_up.weight"].flatten(1) @ given[f"{name}.lora_down.weight"].flatten(1)
         torch.testing.assert_close(up @ down, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_door_of_the_family_takes_no_other(tmp_path, tiny_sd1_lora, tiny_sd1_folder):
+    adapter, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(load_file(tiny_sd1_lora), adapter, {"ss_base_model_version": "sd_v1"})
+    for model, where in [((), adapter), (("--sd_model", tiny_sd1_folder), tiny_sd1_folder)]:
+        refused = run_script("networks/sdxl_merge_lora.py", *model, "--models", adapter, adapter, "--save_to", target)
+        said = "is for Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_"
+        assert_refused(refused, f"sdxl_merge_lora: {where}: {said}")
+        assert not target.exists()
 
 
 def test_block_weights_of_twelve_places(sdxl, tmp_path):
