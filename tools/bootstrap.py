@@ -94,6 +94,11 @@ class Environment:
             raise SetupError(
                 f"the environment {self.folder} is damaged; leave it (deactivate), delete it and run this again"
             )
+        if self.folder.is_symlink():
+            raise SetupError(
+                f"{self.folder} is a link to an environment of another place ({self.folder.resolve()}), which would be "
+                "cleared; delete the link and run this again"
+            )
         if importlib.util.find_spec("ensurepip") is None:
             raise SetupError(
                 "this Python cannot create environments, for its module ensurepip is missing; install the package "

@@ -109,6 +109,17 @@ def test_another_python_makes_another_environment(environment, ran):
     assert (ran.count("venv"), ran.count("pip")) == (2, 2)
 
 
+def test_an_environment_of_another_place_is_not_cleared_through_a_link(environment, ran, tmp_path):
+    environment.prepare(bootstrap.TO_RUN)
+    linked = bootstrap.Environment(tmp_path / "clone" / ".venv")
+    linked.folder.parent.mkdir()
+    linked.folder.symlink_to(environment.folder, target_is_directory=True)
+    with pytest.raises(bootstrap.SetupError, match=r"is a link to an environment of another place .* delete the link"):
+        linked.prepare(bootstrap.TO_RUN)
+    assert ran.count("venv") == 1
+    assert environment.python.exists()
+
+
 def test_an_environment_made_by_hand_is_kept(environment, ran):
     environment.python.parent.mkdir(parents=True)
     environment.python.symlink_to(sys.executable)
