@@ -287,9 +287,7 @@ def test_each_model_has_its_place(capsys, tiny_sd1_folder, tiny_sdxl_folder, ref
     said = refused(capsys, *common, tiny_sd1_folder, "--refiner", refiner)
     assert "is Stable Diffusion XL's refiner, and the base model is Stable Diffusion 1.x; leave it out" in said
     assert sdxl_gen_img.main(list(map(str, (*common, tiny_sd1_folder)))) == 2
-    said = (
-        "is for Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_ in its name"
-    )
+    said = "belongs to Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_"
     assert f"sdxl_gen_img: {tiny_sd1_folder}: {said}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 

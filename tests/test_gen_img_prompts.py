@@ -120,6 +120,18 @@ def test_a_line_that_fails_while_it_is_drawn_leaves_the_others_their_pictures(co
     assert said.out.splitlines()[-1].startswith("2 pictures in ")
 
 
+def test_a_mask_without_a_picture_leaves_out_its_line_alone(command, capsys, tmp_path):
+    prompts, mask = tmp_path / "prompts.txt", tmp_path / "mask.png"
+    prompts.write_text("a AND b --d 1\nplain --d 5\n")
+    Image.new("RGB", (64, 64), "red").save(mask)
+    arguments = [*command, "--from_file", prompts, "--mask_path", mask, *SMALL]
+    assert gen_img_diffusers.main(list(map(str, arguments))) == 2
+    said = capsys.readouterr()
+    assert [read_recipe(path)[0].seed for path in pictures_in(command[5])] == [1]
+    (sentence,) = said.err.splitlines()
+    assert sentence.startswith(f"gen_img_diffusers: --from_file {prompts}, line 2, --mask_path {mask}: there is no picture")
+
+
 def test_typed_prompts_survive_what_only_drawing_finds_out(command, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{UNDRAWABLE}\na house --d 5\n"))
     assert gen_img_diffusers.main([*map(str, command), "--interactive", *SMALL]) == 0

@@ -201,6 +201,13 @@ def _field(name: str, *, whole: bool = False) -> Kind:
     return Kind(read=read, apply=apply)
 
 
+def _with_denoising(request: ImageRequest, value: float, where: str) -> ImageRequest:
+    if request.image is None and request.highres_scale is None:
+        remedy = "give one with --image_path, or --highres_fix_scale"
+        raise UserError("there is no picture to begin from", where=where, remedy=remedy)
+    return _replaced(request, where, strength=value)
+
+
 def _replaced(request: ImageRequest, where: str, **fields: Any) -> ImageRequest:
     try:
         return replace(request, **fields)
@@ -256,5 +263,5 @@ KINDS: dict[str, Kind] = {
     "guidance_rescale": _field("guidance_rescale"),
     "sampler": Kind(read=_samplers, apply=lambda request, value, where: _replaced(request, where, sampler=value)),
     "clip_skip": _field("clip_skip", whole=True),
-    "denoising": _field("strength"),
+    "denoising": replace(_field("strength"), apply=_with_denoising),
 }

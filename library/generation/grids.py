@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError, attempt, raise_all
 from library.generation.grid_axes import BLOCKS, LORA, NONE, OF_A_TAG, RANK, STRENGTH, Axis, GridValue, applied
-from library.generation.lora_shelf import SUFFIXES
 from library.generation.options import AdapterOptions
 from library.generation.planning import PlannedPicture
 from library.generation.requests import ImageRequest
-from library.prompts.lora_tags import read_tags
+from library.prompts.lora_tags import SUFFIXES, read_tags
 from library.prompts.tag_editing import first_tag, with_adapter, with_strength
 from networks.registry import NETWORK_MODULES
 

@@ -39,7 +39,7 @@ def prompt_lines(options: PictureOptions, control: ControlOptions, left_out: lis
     lines = with_pictures(lines, "image", images, where=f"--image_path {options.images}")
     if images and "width" not in options.given and "height" not in options.given:
         lines = [_of_its_pictures_size(line) for line in lines]
-    return _with_hints(_with_masks(lines, masks, options), control)
+    return _with_hints(_with_masks(lines, masks, options, left_out), control)
 
 
 def _texts(options: PictureOptions, images: Sequence[str], left_out: list[UserError]) -> list[PromptLine]:
@@ -74,7 +74,9 @@ def _of_its_pictures_size(line: PromptLine) -> PromptLine:
     return replace(line, settings={**line.settings, **dict(zip(("width", "height"), sides, strict=True))})
 
 
-def _with_masks(lines: list[PromptLine], masks: Sequence[str], options: PictureOptions) -> list[PromptLine]:
+def _with_masks(
+    lines: list[PromptLine], masks: Sequence[str], options: PictureOptions, left_out: list[UserError]
+) -> list[PromptLine]:
     """Masks say where a picture is drawn anew; of prompts with sub-prompts they are the regions, as in sd-scripts."""
     if not masks:
         return lines
@@ -87,7 +89,9 @@ def _with_masks(lines: list[PromptLine], masks: Sequence[str], options: PictureO
             line = replace(line, settings=settings)
         elif "image" not in line.settings:
             remedy = "give the picture with --image_path; or sub-prompts with AND, for which it holds the regions"
-            raise UserError("there is no picture that it could be a mask of", where=where, remedy=remedy)
+            what = "there is no picture that it could be a mask of"
+            left_out.append(UserError(what, where=f"{line.where}, {where}", remedy=remedy))
+            continue
         result.append(line)
     return result
 

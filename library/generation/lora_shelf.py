@@ -12,8 +12,8 @@ from typing import TypeVar
 from library.checkpoints.tensor_files import open_tensor_file
 from library.errors import UserError, near_names, some_names
 from library.generation.lora_listing import ShelfEntry, read_entry
+from library.prompts.lora_tags import SUFFIXES
 
-SUFFIXES = (".safetensors", ".pt", ".ckpt")
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FEW = 20  # names that a sentence may list in full

@@ -31,7 +31,7 @@ from library.generation.encoding import PromptEncoder, shortened
 from library.generation.gradual_latent import Size, gradual_sizes, grown
 from library.generation.predictions import BatchPredictions, Control
 from library.generation.refiner import Refiner, noise_left
-from library.generation.requests import LATENT_FACTOR, ImageRequest
+from library.generation.requests import LATENT_FACTOR, SIZES, ImageRequest
 from library.generation.rows import Row, rows_of
 from library.generation.samplers import denoising_timesteps, make_scheduler, takes_generator
 from library.prompts.sub_prompts import read_prompt
@@ -445,11 +445,15 @@ def latent_sizes(request: ImageRequest, timesteps: Sequence[float]) -> list[Size
 
 
 def _first_of_two(request: ImageRequest) -> ImageRequest:
-    """The request of the first of two stages."""
+    """The request of the first of two stages; sizes that it is told are smaller likewise, as in sd-scripts."""
     assert request.first_stage is not None
+    assert request.highres_scale is not None
     width, height = request.first_stage
     strength = request.strength if request.highres_strength is None else request.highres_strength
-    return replace(request, width=width, height=height, steps=request.highres_steps, strength=strength, highres_scale=None)
+    told = {name: getattr(request, name) for name in SIZES}
+    scaled = {name: round(size * request.highres_scale) for name, size in told.items() if size}
+    smaller: dict[str, Any] = {"width": width, "height": height, "strength": strength, **scaled}
+    return replace(request, **smaller, steps=request.highres_steps, highres_scale=None)
 
 
 def _first_latents(scheduler: Any, timesteps: Tensor, noise: Tensor, source: _Source | None) -> Tensor:

@@ -124,6 +124,8 @@ def _texts_of(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
     from PIL import Image
 
     if not path.is_file():
+        if path.is_dir():
+            raise UserError("is a folder", where=str(path), remedy=f"give its pictures: {path / '*.png'}")
         raise UserError("no such file", where=str(path))
     try:
         with Image.open(path) as image:

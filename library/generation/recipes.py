@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, attempt, raise_all
+from library.errors import UserError, attempt, counted, raise_all
 from library.generation.controls import ControlUse
 from library.generation.made_with import APART, adapter_hash, not_default
 from library.generation.options import AdapterOptions, GenerationOptions, ModelOptions, NetworkUse, PictureOptions
@@ -51,6 +51,8 @@ def with_recipes(options: GenerationOptions) -> tuple[GenerationOptions, list[st
     model = attempt(partial(_model, options.model, read[0]), problems)
     adapters = attempt(partial(_adapters, options.adapters, read), problems)
     uses = attempt(partial(_controls, options, read[0]), problems)
+    if adapters is not None:
+        attempt(partial(_check_strengths, options.pictures, adapters), problems)
     raise_all(problems)
     assert model is not None  # for the type checker: without these there was a problem
     assert adapters is not None
@@ -196,6 +198,17 @@ def _adapters(options: AdapterOptions, recipes: Sequence[_Recipe]) -> AdapterOpt
         known=known,
         tag_style=next(iter(_styles(recipes)), options.tag_style),
     )
+
+
+def _check_strengths(options: PictureOptions, adapters: AdapterOptions) -> None:
+    """--network_mul is for the adapters beside tags; refuse more strengths than there are of them."""
+    strengths, number = options.settings.get("network_strengths", ()), len(adapters.networks) - adapters.merged
+    if len(strengths) > number:
+        raise UserError(
+            f"{counted(len(strengths), 'strength')} for {counted(number, 'adapter')} beside those in tags",
+            where=f"--network_mul {' '.join(f'{strength:g}' for strength in strengths)}",
+            remedy="give one for each, or change the first tag's with --grid strength:0.5",
+        )
 
 
 def _known_files(recipes: Sequence[_Recipe], problems: list[UserError]) -> dict[str, Path]:

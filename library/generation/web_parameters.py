@@ -18,6 +18,7 @@ from typing import Any
 from library.errors import UserError, attempt, some_names
 from library.generation.requests import ImageRequest, floored_size
 from library.generation.samplers import SCHEDULES, canonical, find_sampler
+from library.prompts.tag_editing import with_bare_names
 
 _NEGATIVE = "Negative prompt:"
 _LATENTS, _PIXELS = "Latent (bicubic)", "Lanczos"
@@ -37,7 +38,7 @@ def web_parameters(request: ImageRequest, made_with: Mapping[str, Any]) -> str:
     networks = made_with.get("networks") or []
     strengths = request.network_strengths or [network["strength"] for network in networks]
     tags = [f"<lora:{network['name']}:{strength:g}>" for network, strength in zip(networks, strengths, strict=False)]
-    lines = [" ".join([request.prompt, *tags]).strip()]
+    lines = [" ".join([with_bare_names(request.prompt), *tags]).strip()]
     if request.negative_prompt:
         lines.append(f"{_NEGATIVE} {request.negative_prompt}")
     pairs = {name: value for name, value in _pairs(request, made_with).items() if value not in (None, "")}

@@ -22,6 +22,8 @@ from library.prompts.strengths import ONE, ZERO, AdapterStrength, StepValues
 
 STYLES = ("sdnext", "a1111")
 KINDS = ("lora", "lyco")
+SUFFIXES = (".safetensors", ".pt", ".ckpt")
+"""Of adapter files."""
 
 TAG = re.compile(r"<(\w+):([^<>]*)(>?)")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from library.errors import UserError
-from library.prompts.lora_tags import ARGUMENTS, KINDS, TAG, read_tags
+from library.prompts.lora_tags import ARGUMENTS, KINDS, SUFFIXES, TAG, read_tags
 
 _STRENGTHS = ("te", "unet", "in", "mid", "out")
 
@@ -37,6 +38,19 @@ def with_adapter(prompt: str, name: str | None, *, where: str) -> str:
     if [each.name for each in read] != [name.strip()]:
         raise UserError("cannot stand in a tag", where=where, remedy="rename the file: without < > : and =")
     return f"{prompt} {tag}" if found is None else prompt[: found.start()] + tag + prompt[found.end() :]
+
+
+def with_bare_names(prompt: str) -> str:
+    """With the names of files in tags as web UIs know them: without folder and suffix."""
+
+    def bare(found: re.Match[str]) -> str:
+        if found[1] not in KINDS or not found[3]:
+            return found[0]
+        name, *rest = found[2].split(":")
+        path = PurePath(name.strip())
+        return f"<{':'.join([found[1], path.stem if path.suffix in SUFFIXES else path.name, *rest])}>"
+
+    return TAG.sub(bare, prompt)
 
 
 def without_adapters(prompt: str) -> str:

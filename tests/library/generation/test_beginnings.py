@@ -109,6 +109,16 @@ def test_a_second_stage_begins_from_the_enlarged_first(sd1_models, tmp_path):
     assert np.abs(np.asarray(picture) / 255 - draw(sd1_models, second)).max() <= 1 / 255 + 1e-6
 
 
+def test_sizes_that_the_model_is_told_are_those_of_the_stage(sd1_models):
+    told = {"original_width": 300, "original_height_negative": 401, "crop_top": 6}
+    request = replace(ASKED, width=128, height=64, highres_scale=0.5, highres_steps=1, **told)
+    seen = []
+    Pipeline(sd1_models).generate([request], hooks=Hooks(first_stage=lambda *each: seen.append(each)))
+    ((_, first, _),) = seen
+    assert (first.original_width, first.original_height_negative, first.crop_top) == (150, 200, 3)
+    assert (first.original_height, first.crop_left) == (None, 0)
+
+
 def test_latents_may_be_enlarged_instead_of_pictures(sd1_models):
     request = replace(ASKED, width=128, height=128, highres_scale=0.5, highres_steps=3)
     pixels, latents = (draw(sd1_models, replace(request, highres_latents=flag)) for flag in (False, True))

@@ -102,10 +102,15 @@ def test_all_mistakes_are_told_at_once():
     ],
 )
 def test_values_become_fields(what, field, texts, values):
-    request = ImageRequest(prompt="a", seed=9)
+    request = ImageRequest(prompt="a", seed=9, highres_scale=0.5)
     changed = varied(request, f"x={what}:{texts}")
     assert tuple(getattr(each, field) for each in changed) == values
     assert all({**vars(each), field: None} == {**vars(request), field: None} for each in changed)
+
+
+def test_without_a_beginning_there_is_no_denoising():
+    with pytest.raises(UserError, match="there is no picture to begin from; give one with --image_path"):
+        varied(ImageRequest(prompt="a", seed=9), "x=denoising:0.5")
 
 
 def test_words_change_everywhere_and_adapters_before_their_strengths():

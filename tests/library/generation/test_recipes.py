@@ -79,6 +79,13 @@ def test_options_come_before_the_recipe(tiny_sd1_folder, tiny_sd1_lora, tmp_path
     assert np.array_equal(pixels(again(picture, "--network_mul", 0.5)), pixels(weaker[0]))
 
 
+def test_strengths_without_adapters_are_refused(capsys, tiny_sd1_folder, tiny_sd1_lora, tmp_path):
+    command = ("--ckpt", tiny_sd1_folder, "--prompt", f"a <lora:{tiny_sd1_lora}> --s 2", "--outdir", tmp_path)
+    (picture,) = draw(*command)
+    said = refused(capsys, "--from_png", picture, "--network_mul", 0.5)
+    assert "--network_mul 0.5: 1 strength for 0 adapters beside those in tags; give one for each, or change" in said
+
+
 def test_several_pictures_of_a_recipe_have_seeds_of_their_own(tiny_sd1_folder, tmp_path):
     (picture,) = draw("--ckpt", tiny_sd1_folder, "--prompt", "a", "--seed", 3, "--outdir", tmp_path)
     folder = tmp_path / "more"
@@ -154,7 +161,8 @@ def test_what_holds_no_recipe_or_a_damaged_one_is_refused_by_name(capsys, tiny_s
     assert "empty.png: does not say how it was made" in refused(capsys, "--from_png", tmp_path / "empty.png")
     assert "no.png" in refused(capsys, "--from_png", tmp_path / "no.png")
     assert "names no picture" in refused(capsys, "--from_png")
-    assert "--prompt and --from_png: both give prompts" in refused(capsys, "--from_png", "a.png", "--prompt", "a")
+    assert f"{tmp_path}: is a folder; give its pictures" in refused(capsys, "--from_png", tmp_path)
+    assert "--prompt --from_png: both give prompts" in refused(capsys, "--from_png", "a.png", "--prompt", "a")
     (picture,) = draw("--ckpt", tiny_sd1_folder, "--prompt", "a", "--outdir", tmp_path / "a")
     for number, changes in enumerate(({"networks": [{"file": 1}]}, {"control": [{"a": 1}]}, {"computed": {"b": 1}})):
         damaged = with_recipe(picture, tmp_path / f"{number}.png", **changes)

@@ -51,6 +51,12 @@ def test_a_pictures_own_strengths_are_written():
     assert "a <lora:mine:0.25>\n" in web_parameters(request, {"networks": [{"name": "mine", "strength": 1.0}]})
 
 
+def test_files_in_tags_are_written_as_web_uis_name_them():
+    request = ImageRequest(prompt="a <lora:loras/my.best.safetensors:0.5:lbw=INS> <lyco:v1.5> <b:c/d.pt> (e:1.2)", seed=1)
+    text = web_parameters(request, {})
+    assert text.startswith("a <lora:my.best:0.5:lbw=INS> <lyco:v1.5> <b:c/d.pt> (e:1.2)\n")
+
+
 def a1111_pairs(line: str) -> dict[str, str]:
     """The last line as A1111's web UI parts it: its own pattern and its own way with quotes."""
     import json
