@@ -43,7 +43,7 @@ def check_only_family(found: ModelFamily, wanted: str | None, *, where: str) -> 
     """
     if wanted not in (None, found.name):
         title = next(family.title for family in FAMILIES if family.name == wanted)
-        what = f"is for {found.title}, and this script is for {title} only"
+        what = f"belongs to {found.title}, and this script is for {title} only"
         raise UserError(what, where=where, remedy="use the one without sdxl_ in its name, which takes every family")
 
 

@@ -28,11 +28,15 @@ class BaseWeights:
         self.model = model
 
     @classmethod
-    def open(cls, path: str | None) -> BaseWeights | None:
-        """Of a checkpoint, diffusers folder or Hub id; None for None."""
+    def open(cls, path: str | None, *, family: str | None = None) -> BaseWeights | None:
+        """Of a checkpoint, diffusers folder or Hub id; None for None.
+
+        Args:
+            family: name of the only one that will do; None for any.
+        """
         from library.checkpoints.base_model import open_base_model
 
-        return None if path is None else cls(open_base_model(path))
+        return None if path is None else cls(open_base_model(path, family=family))
 
     def check_family(self, family: ModelFamily, where: str) -> None:
         """Refuse a model that is not of the adapters' family.

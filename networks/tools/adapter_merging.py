@@ -154,7 +154,7 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> ToolReport:
     """
     target = options.target
     check_writable(target)
-    base = BaseWeights.open(options.base)
+    base = BaseWeights.open(options.base, family=options.family)
     default = base.model.family if base else None
     sources = open_sources(options.inputs, v2=options.v2, default=default, family=options.family)
     family = sources[0].family

@@ -105,15 +105,16 @@ def open_sources(
     """
     problems: list[UserError] = []
     files = [attempt(partial(open_tensor_file, given.path), problems) for given in inputs]
-    told = [each for file in files if file is not None and (each := told_family(file)) is not None]
+    told = [(file, each) for file in files if file is not None and (each := told_family(file)) is not None]
+    for file, each in told:
+        attempt(partial(check_only_family, each, family, where=str(file.path)), problems)
     said = [each for each in FAMILIES if each.name == family] or [each for each in FAMILIES if each.is_v2 is v2]
-    default = default or (told or said)[0]
+    default = default or [*(each for _, each in told), *said][0]
     pairs = [(given, file) for given, file in zip(inputs, files, strict=True) if file is not None]
     attempted = [attempt(partial(_source, given, file, default), problems) for given, file in pairs]
     opened = [source for source in attempted if source is not None]
     raise_all(problems)
     first = opened[0]
-    check_only_family(first.family, family, where=first.where)
     for source in opened[1:]:
         if source.family != first.family:
             what = f"is for {source.family.title}, while {first.where} is for {first.family.title}"

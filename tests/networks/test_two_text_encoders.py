@@ -223,7 +223,7 @@ def test_the_door_of_the_family_takes_no_other(tmp_path, tiny_sd1_lora, tiny_sd1
     save_file(load_file(tiny_sd1_lora), adapter, {"ss_base_model_version": "sd_v1"})
     for model, where in [((), adapter), (("--sd_model", tiny_sd1_folder), tiny_sd1_folder)]:
         refused = run_script("networks/sdxl_merge_lora.py", *model, "--models", adapter, adapter, "--save_to", target)
-        said = "is for Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_"
+        said = "belongs to Stable Diffusion 1.x, and this script is for Stable Diffusion XL only; use the one without sdxl_"
         assert_refused(refused, f"sdxl_merge_lora: {where}: {said}")
         assert not target.exists()
 
