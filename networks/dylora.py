@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import LayerSpec, misfit
+from networks.core.adapter import LayerSpec, matching_dtypes, misfit
 from networks.core.additive import AdditiveAdapter
 from networks.core.algorithms import Algorithm
 from networks.lora import LoRAModule, low_rank_delta
@@ -94,7 +94,7 @@ class DyLoRAModule(AdditiveAdapter):
         if self.training and self.drawn_rank is not None:
             down, up = self._drawn_factors(self.drawn_rank // self.unit)
             scale *= math.sqrt(self.rank / self.drawn_rank)
-        x, down, up = self.matching_dtypes(x, down, up)
+        x, down, up = matching_dtypes(x, down, up)
         hidden = F.dropout(self.spec.apply(x, down), self.dropout, self.training) * (factor * scale)
         return F.linear(hidden, up) if self.spec.is_linear else F.conv2d(hidden, up)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import Adapter, LayerSpec
+from networks.core.adapter import Adapter, LayerSpec, matching_dtypes
 from networks.core.algorithms import Algorithm
 
 
@@ -64,7 +64,7 @@ class DifferenceAdapter(Adapter):
 
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """See `Adapter.effect`. Nothing is formed that would have to be formed again: the parameters are the change."""
-        x, *changes = self.matching_dtypes(x, *self.parameters())
+        x, *changes = matching_dtypes(x, *self.parameters())
         return self.multiplier * self.spec.apply(x, *changes)
 
     def scale_delta_(self, factor: Tensor) -> None:

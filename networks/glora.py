@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import Adapter, LayerSpec, Weight, weight_of
+from networks.core.adapter import Adapter, LayerSpec, Weight, matching_dtypes, weight_of
 from networks.core.algorithms import Algorithm
+from networks.core.recompute import apply_recomputed
 
 _OTHER_NAMES = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight", "b2.weight": "b1.weight"}
 
@@ -135,10 +136,15 @@ class GLoRAModule(Adapter):
 
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """See `Adapter.effect`. The base weight meets a1 alone, so that nothing larger than it is formed, and the input
-        passes two changes of low rank."""
-        x, weight, a1, a2, b1, b2 = self.matching_dtypes(x, weight_of(layer), *self._factors)
+        passes two changes of low rank. What is formed of it is formed anew in the backward pass."""
+        x, a1, a2, b1, b2 = matching_dtypes(x, *self._factors)
         factor = self.multiplier * self.scale
-        through = self.spec.apply(self._pointwise(x, a2) * factor, through_base(weight, a1))
+
+        def met(inner: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
+            weight, a1 = matching_dtypes(weight_of(layer), a1)
+            return inner, through_base(weight, a1).to(inner.dtype)
+
+        through = apply_recomputed(self.spec, met, self._pointwise(x, a2) * factor, a1)
         return through + self._pointwise(self.spec.apply(x, b2) * factor, b1)
 
     def _pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:

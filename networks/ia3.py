@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import Adapter, LayerSpec, weight_of
+from networks.core.adapter import Adapter, LayerSpec, apply_base
 from networks.core.algorithms import Algorithm
 
 
@@ -82,7 +82,7 @@ class IA3Module(Adapter):
         """See `Adapter.effect`. The factors act on the layer's output, or on its input."""
         factors = self.spec.along_channels(self.weight.flatten()) * self.multiplier
         if self.scales_input:
-            return self.spec.apply((x * factors).to(x.dtype), weight_of(layer))
+            return apply_base(self.spec, layer, (x * factors).to(x.dtype))
         return self.base_output(layer, x, output) * factors
 
     def scale_delta_(self, factor: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import LayerSpec
+from networks.core.adapter import LayerSpec, matching_dtypes
 from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
 from networks.core.recompute import apply_recomputed
@@ -168,7 +168,7 @@ class LoHaModule(AdditiveAdapter):
         if not self.acts_as_one_product:
 
             def dense(x: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
-                x, delta = self.matching_dtypes(x, self._delta_of(list(factors), scale).to(factors[0].dtype))
+                x, delta = matching_dtypes(x, self._delta_of(list(factors), scale).to(factors[0].dtype))
                 return x, delta
 
             effect = apply_recomputed(self.spec, dense, x, *self._factors())
@@ -178,7 +178,7 @@ class LoHaModule(AdditiveAdapter):
 
             def hidden(x: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
                 up, down = as_one_product(*(each.float() for each in factors))
-                x, up, down = self.matching_dtypes(x, *(each.to(factors[0].dtype) for each in (up * scale, down)))
+                x, up, down = matching_dtypes(x, *(each.to(factors[0].dtype) for each in (up * scale, down)))
                 return self.spec.apply(x, down.reshape(-1, *in_shape)), up.reshape(*up.shape, *ones)
 
             pointwise = LayerSpec(weight_shape=(outputs, self.rank**2, *ones))

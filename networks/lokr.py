@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from networks.building import creation
 from networks.core import arguments
-from networks.core.adapter import LayerSpec
+from networks.core.adapter import LayerSpec, matching_dtypes
 from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
 from networks.core.kronecker import KroneckerForm, planned_form
@@ -199,7 +199,7 @@ class LoKrModule(AdditiveAdapter):
         names, scale = tuple(self._shapes()), factor * self.scale
 
         def operands(x: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
-            x, *matching = self.matching_dtypes(x, *factors)
+            x, *matching = matching_dtypes(x, *factors)
             named = dict(zip(names, matching, strict=True))
             w1 = scale * self._w1_of(named)
             if self.keeps_ranks:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from networks.building import creation
 from networks.building.network import AdapterNetwork
 from networks.core import arguments
-from networks.core.adapter import LayerSpec, Weight, kept_by_dropout
+from networks.core.adapter import LayerSpec, Weight, kept_by_dropout, matching_dtypes
 from networks.core.additive import AdditiveAdapter, dora_options
 from networks.core.algorithms import Algorithm
 from networks.core.arguments import Parser
@@ -167,7 +167,7 @@ class LoRAModule(AdditiveAdapter):
         residue = self._residue()
         if residue is None:
             return effect
-        x, residue = self.matching_dtypes(x, factor * self.scale * residue)
+        x, residue = matching_dtypes(x, factor * self.scale * residue)
         return effect + self.spec.apply(x, residue)
 
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class LoRAModule(AdditiveAdapter):
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rank-sized activation, with the drop-outs, and the matrix that brings it to the output."""
-        x, down, up = self.matching_dtypes(x, *self.factors())
+        x, down, up = matching_dtypes(x, *self.factors())
         hidden = self.spec.apply(x, down)
         return (self._drop(hidden) if self.training else hidden), up
 

@@ -239,9 +239,8 @@ def test_a_base_model_in_fewer_bits_trains_as_that_of_the_rounded_weights(train,
     assert packed / plain_size == pytest.approx({"fp8": 8 / 32, "nf4": 4.5 / 32}[weight_format], rel=0.05)
     assert error == pytest.approx({"fp8": 0.026, "nf4": 0.092}[weight_format], rel=0.1)
     metadata = header(out / "mine.safetensors")
-    asked = {option, f"{weight_format}_base_unet"}
     for each in ("fp8_base", "fp8_base_unet", "nf4_base", "nf4_base_unet"):
-        assert metadata[f"ss_{each}"] == str(each in asked)
+        assert metadata[f"ss_{each}"] == str(each == option)
 
 
 @of_families
@@ -515,9 +514,22 @@ def test_outputs_of_text_encoders_that_are_trained_are_not_cached(train):
     assert not out.exists()
 
 
+def test_text_encoders_are_packed_where_they_stay_and_are_meant(train):
+    options = ("--fp8_base", "--network_train_unet_only")
+    stay, _ = train(*options, out="stay")
+    assert "text encoder kept in fp8: its blocks take" in stay.out
+    freed, _ = train(*options, "--cache_text_encoder_outputs", out="freed")
+    left_out, folder = train(*options, "--fp8_base_unet", out="left_out")
+    for finished in (freed, left_out):
+        assert "with the U-Net's weights kept in fp8" in finished.out
+        assert "text encoder kept in" not in finished.out
+    assert "--fp8_base has no effect: --fp8_base_unet leaves the text encoders out" in left_out.out
+    assert header(folder / "mine.safetensors")["ss_fp8_base_unet"] == "True"
+
+
 def test_a_base_model_is_kept_in_one_format(train):
     finished, out = train("--nf4_base_unet", "--fp8_base")
-    assert_refused(finished, "--fp8_base: a base model in 4 bits is not kept in 8 as well", "leave out --nf4_base")
+    assert_refused(finished, "--fp8_base: a base model in 4 bits is not kept in 8 as well", "leave out --nf4_base_unet")
     assert not out.exists()
 
 

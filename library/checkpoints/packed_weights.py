@@ -39,10 +39,12 @@ class _Fp8Values:
 
     def __init__(self, values: Tensor, dtype: torch.dtype) -> None:
         rows = values.float().flatten(1)
+        finite = rows.isfinite()
         # Rows then reach to 256 of the format's 448. The least scale is the least number of fp16.
-        exponents = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(min=-16) - 8
+        exponents = torch.frexp(rows.abs().where(finite, 0).amax(dim=1, keepdim=True)).exponent.clamp(min=-16) - 8
         scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-        self._codes = (rows / scales).to(torch.float8_e4m3fn)
+        # The format has no infinity, and would make a number of it.
+        self._codes = (rows / scales).where(finite, torch.nan).to(torch.float8_e4m3fn)
         self._scales = scales.to(dtype)
         self._shape = values.shape
 
@@ -90,9 +92,11 @@ _FORMATS: dict[str, Callable[[Tensor, torch.dtype], _PackedValues]] = {"fp8": _F
 class PackedLayer(nn.Module):
     """What the packed layers share. `weight` is formed whenever it is read, and takes no gradient.
 
-    A layer that holds nothing is a plain one: other packages make their factors of the class of the layer they adapt.
+    What is written into that tensor is lost. A layer that holds nothing is a plain one: other packages make their factors of
+    the class of the layer they adapt, or take its weight away.
 
     Attributes:
+        weight_dtype: of `weight`.
         squared_norm, squared_error: of the weight before packing and of what packing changed, 0-d fp32.
         plain_bytes: what the weight would take in its dtype.
     """
@@ -100,12 +104,14 @@ class PackedLayer(nn.Module):
     squared_norm: Tensor
     squared_error: Tensor
     plain_bytes: int
+    weight_dtype: torch.dtype
     _values: _PackedValues | None = None
 
     def hold(self, weight: Tensor, weight_format: WeightFormat, dtype: torch.dtype) -> None:
         """Pack a weight, where it lies; it is formed again in `dtype`."""
         values = _FORMATS[weight_format](weight, dtype)
         self._values = values
+        self.weight_dtype = dtype
         self.plain_bytes = weight.numel() * dtype.itemsize
         exact = weight.float()
         self.squared_norm = exact.square().sum()
@@ -116,6 +122,12 @@ class PackedLayer(nn.Module):
             return self._values.unpacked()
         return super().__getattr__(name)
 
+    def __delattr__(self, name: str) -> None:
+        if name == "weight" and self._values is not None:
+            self._values = None
+        else:
+            super().__delattr__(name)
+
     @property
     def packed_bytes(self) -> int:
         """What the weight takes."""
@@ -124,12 +136,20 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See `torch.nn.Module.forward`."""
         if self._values is None:
-            return self.operation(x, self.weight)
-        result: Tensor = _WithPackedWeight.apply(x, self)
+            return self.operation(x, self.weight, self.bias)
+        result: Tensor = _WithPackedWeight.apply(x, self, self.weight_dtype, self.bias)
         return result
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output for an input."""
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The output less the bias, in the wider dtype of input and weight where there is no autocast."""
+        dtype = self.weight_dtype
+        if not torch.is_autocast_enabled(x.device.type):
+            dtype = torch.promote_types(dtype, x.dtype)
+        result: Tensor = _WithPackedWeight.apply(x.to(dtype), self, dtype, None)
+        return result
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer does with an input, with any weight and bias."""
         raise NotImplementedError
 
     def input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -147,9 +167,9 @@ class PackedLayer(nn.Module):
 class Linear(PackedLayer, nn.Linear):
     """A packed `torch.nn.Linear`."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedLayer.operation`."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
 
     def input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
         """See `PackedLayer.input_gradient`."""
@@ -159,9 +179,9 @@ class Linear(PackedLayer, nn.Linear):
 class Conv2d(PackedLayer, nn.Conv2d):
     """A packed `torch.nn.Conv2d`."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedLayer.operation`."""
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
         """See `PackedLayer.input_gradient`."""
@@ -172,15 +192,16 @@ class _WithPackedWeight(torch.autograd.Function):
     """A layer's operation whose weight is formed in the forward pass and again in the backward pass, and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: PackedLayer, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return layer.operation(x, layer.weight)
+        return layer.operation(x, layer.weight.to(dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.layer.weight
-        return ctx.layer.input_gradient(ctx.shape, weight, gradients[0].to(weight.dtype)).to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        weight = ctx.layer.weight.to(gradient.dtype)
+        return ctx.layer.input_gradient(ctx.shape, weight, gradient).to(ctx.dtype), None, None, None
 
 
 def make_packable(module: nn.Module) -> dict[str, PackedLayer]:

@@ -113,17 +113,13 @@ def _part(first: str, *others: str) -> Rule:
 
 
 _OF_NETWORKS = ("network_module", "network_args", "network_merge", "network_merge_n_models")
+_NO_NETWORK = ("there is no adapter that this could act on", "name the files with --network_weights")
 _NAMES_OF_PICTURES = ("sequential_file_name", "use_original_file_name")
 _SECOND_STAGE = ("highres_fix_strength", "highres_fix_save_1st", "highres_fix_latents_upscaling")
 
 
 def _nothing_to_begin_from(parsed: ParsedOptions) -> bool:
     return not _any(parsed, ("image_path", "from_png")) and parsed["highres_fix_scale"] is None
-
-
-def _no_network(parsed: ParsedOptions) -> bool:
-    strengths = parsed["network_mul"] and not varies_networks(parsed)
-    return not parsed["network_weights"] and bool(strengths or _any(parsed, _OF_NETWORKS))
 
 
 def _two_sources(parsed: ParsedOptions) -> bool:
@@ -133,11 +129,11 @@ def _two_sources(parsed: ParsedOptions) -> bool:
 RULES: tuple[Rule, ...] = (
     _together("fp16", "bf16", "are two precisions", "give one of them"),
     Rule(SOURCES, _two_sources, "both give prompts", "give one of them"),
+    Rule(_OF_NETWORKS, lambda parsed: _any(parsed, _OF_NETWORKS) and not parsed["network_weights"], *_NO_NETWORK),
     Rule(
-        ("network_module", "network_mul", *_OF_NETWORKS[1:]),
-        _no_network,
-        "there is no adapter that this could act on",
-        "name the files with --network_weights",
+        ("network_mul",),
+        lambda parsed: parsed["network_mul"] and not parsed["network_weights"] and not varies_networks(parsed),
+        *_NO_NETWORK,
     ),
     Rule(
         ("network_merge", "network_merge_n_models"),

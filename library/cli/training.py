@@ -146,12 +146,14 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
         "--network_train_unet_only",
         "give one of the two",
     )
-    in_8_bits = [f"--{name}" for name in ("fp8_base", "fp8_base_unet") if parsed[name]]
+    in_8_bits, in_4_bits = (
+        " ".join(f"--{name}" for name in (f"{each}_base", f"{each}_base_unet") if parsed[name]) for each in ("fp8", "nf4")
+    )
     refuse(
-        in_8_bits and (parsed["nf4_base"] or parsed["nf4_base_unet"]),
+        in_8_bits and in_4_bits,
         "a base model in 4 bits is not kept in 8 as well",
-        " ".join(in_8_bits),
-        "leave it out, or leave out --nf4_base",
+        in_8_bits,
+        f"leave it out, or leave out {in_4_bits}",
     )
     legacy = [name for name in ("use_8bit_adam", "use_lion_optimizer") if parsed[name]]
     for name in legacy:
@@ -278,18 +280,22 @@ def _length(parsed: ParsedOptions) -> LengthOptions:
 def _compute(parsed: ParsedOptions) -> ComputeOptions:
     return ComputeOptions(
         mixed_precision=parsed["mixed_precision"],
-        unet_format=_weight_format(parsed, "base", "base_unet"),
-        text_encoder_format=_weight_format(parsed, "base"),
+        unet_format=_weight_format(parsed),
+        text_encoder_format=_weight_format(parsed, text_encoders=True),
         gradient_checkpointing=parsed["gradient_checkpointing"],
         xformers=parsed["xformers"],
         data_workers=parsed["max_data_loader_n_workers"],
     )
 
 
-def _weight_format(parsed: ParsedOptions, *endings: str) -> WeightFormat | None:
-    """The format that one of the options with these endings asks for."""
+def _weight_format(parsed: ParsedOptions, *, text_encoders: bool = False) -> WeightFormat | None:
+    """What the U-Net's weights, or those of the text encoders, are kept in; with both options it is the U-Net's alone, as
+    in sd-scripts."""
     formats: tuple[WeightFormat, ...] = ("fp8", "nf4")
-    return next((each for each in formats for ending in endings if parsed[f"{each}_{ending}"]), None)
+    for each in formats:
+        if parsed[f"{each}_base"] or parsed[f"{each}_base_unet"]:
+            return None if text_encoders and parsed[f"{each}_base_unet"] else each
+    return None
 
 
 def _saving(parsed: ParsedOptions) -> SavingOptions:

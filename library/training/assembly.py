@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.checkpoints.parts import UNET
 from library.conditioning.condition import Condition
 from library.conditioning.text_encoders import TextEncoders
 from library.dataset.batches import Batch, BatchAddress, TrainingBatches, epoch_addresses, load_batches
@@ -64,7 +65,7 @@ def build_loop(run: PlannedRun, latents: LatentCache | None, conditions: Conditi
     encoders = texts.modules
     unet: Any = run.base.load_denoiser(dtype=run.dtype, device=device, weight_format=options.compute.unet_format)
     if options.compute.unet_format is not None:
-        run.say(prepare.packing_line(unet, options.compute.unet_format))
+        run.say(prepare.packing_line(unet, options.compute.unet_format, UNET))
     prepare.freeze(unet, *encoders, checkpointing=options.compute.gradient_checkpointing)
     if options.compute.gradient_checkpointing:
         prepare.enable_checkpointing(unet, encoders)
@@ -200,6 +201,9 @@ def _texts_for_the_loop(run: PlannedRun, *, known: bool) -> TextEncoders:
     # Those on the CPU are no burden to the device, and those that filled the cache were not packed either.
     weight_format = None if known else run.options.compute.text_encoder_format
     modules = run.base.load_text_encoders(dtype=run.dtype, device=device, weight_format=weight_format)
+    if weight_format is not None:
+        for module, encoder in zip(modules, run.base.family.text_encoders, strict=True):
+            run.say(prepare.packing_line(module, weight_format, encoder.part))
     return _texts(run, modules)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.families.family import ModelFamily
-from library.training.options import TrainingOptions
+from library.training.options import FORMAT_OPTIONS, TrainingOptions
 
 MINIMAL = (
     "ss_v2",
@@ -153,10 +153,7 @@ def _about_the_run(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "ss_seed": facts.seed,
         "ss_mixed_precision": options.compute.mixed_precision,
         "ss_full_fp16": False,
-        "ss_fp8_base": options.compute.text_encoder_format == "fp8",
-        "ss_fp8_base_unet": options.compute.unet_format == "fp8",
-        "ss_nf4_base": options.compute.text_encoder_format == "nf4",
-        "ss_nf4_base_unet": options.compute.unet_format == "nf4",
+        **{f"ss_{name}": name == options.compute.format_option for name in FORMAT_OPTIONS},
         "ss_lowram": False,
         "ss_cache_latents": options.dataset.caches_latents,
         "ss_v2": facts.is_v2,

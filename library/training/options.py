@@ -119,6 +119,16 @@ class ComputeOptions:
     xformers: bool = False
     data_workers: int = 8
 
+    @property
+    def format_option(self) -> str | None:
+        """The one of `FORMAT_OPTIONS` that says the formats."""
+        if self.unet_format is None:
+            return None
+        return f"{self.unet_format}_base" if self.text_encoder_format else f"{self.unet_format}_base_unet"
+
+
+FORMAT_OPTIONS = ("fp8_base", "fp8_base_unet", "nf4_base", "nf4_base_unet")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavingOptions:

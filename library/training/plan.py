@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.errors import counted
 from library.training.lr_schedules import steps_of
-from library.training.options import ComputeOptions, LengthOptions, TrainingOptions
+from library.training.options import LengthOptions, TrainingOptions
 from library.training.saving import epochs_between_saves, final_file
 
 
@@ -127,15 +127,16 @@ def _compute_line(options: TrainingOptions, facts: PlanFacts) -> str:
     extras = ["gradient checkpointing"] if options.compute.gradient_checkpointing else []
     extras += ["captions encoded before training"] if options.captions.caches else []
     processes = f"{facts.processes} processes on " if facts.processes > 1 else "on "
-    base = f"base model in {precision}{_packed_text(options.compute)}"
+    base = f"base model in {precision}{_packed_text(options)}"
     return ", ".join([f"{processes}{facts.device}", base, "adapter in fp32", *extras])
 
 
-def _packed_text(compute: ComputeOptions) -> str:
-    if compute.unet_format is None:
+def _packed_text(options: TrainingOptions) -> str:
+    if options.compute.unet_format is None:
         return ""
-    parts = "the U-Net's weights" if compute.text_encoder_format is None else "its weights"
-    return f" with {parts} kept in {compute.unet_format}"
+    whole = options.compute.text_encoder_format is not None and not options.captions.caches
+    parts = "its" if whole else "the U-Net's"
+    return f" with {parts} weights kept in {options.compute.unet_format}"
 
 
 def _saving_lines(options: TrainingOptions, facts: PlanFacts) -> list[str]:

@@ -69,7 +69,7 @@ def build_accelerator(compute: ComputeOptions, *, find_unused: bool) -> Accelera
     if compute.unet_format is not None:
         from library.checkpoints.packed_weights import check_weight_format
 
-        check_weight_format(compute.unet_format, device, where=f"--{compute.unet_format}_base")
+        check_weight_format(compute.unet_format, device, where=f"--{compute.format_option}")
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused, broadcast_buffers=False)]
     # Without cpu=True accelerate starts processes on a CPU that do not know of each other, each training by itself.
     return Accelerator(mixed_precision=compute.mixed_precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
@@ -359,10 +359,12 @@ def enable_checkpointing(denoiser: Any, text_encoders: Sequence[Any]) -> None:
         encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
-def packing_line(module: nn.Module, weight_format: WeightFormat) -> str:
-    """What keeping a denoiser's weights in fewer bits has saved and cost."""
+def packing_line(module: nn.Module, weight_format: WeightFormat, part: str) -> str:
+    """What keeping a part's weights in fewer bits has saved and cost."""
     from library.checkpoints.packed_weights import summarise_packing
 
     summary = summarise_packing(module)
     sizes = f"{summary.nbytes / 1e6:,.1f} MB instead of {summary.plain_nbytes / 1e6:,.1f}"
-    return f"U-Net kept in {weight_format}: its blocks take {sizes}, with a relative error of {summary.error:.4f}"
+    return (
+        f"{PART_TITLES[part]} kept in {weight_format}: its blocks take {sizes}, with a relative error of {summary.error:.4f}"
+    )

@@ -112,6 +112,30 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight
 
 
+def apply_base(spec: LayerSpec, layer: nn.Module, x: Tensor) -> Tensor:
+    """A base layer's output without its bias, in the wider dtype of input and weight where there is no autocast.
+
+    A weight that is formed when it is asked for is not kept for the backward pass.
+    """
+    without_bias = getattr(layer, "without_bias", None)
+    if without_bias is not None:
+        return without_bias(x)
+    return spec.apply(*matching_dtypes(x, weight_of(layer)))
+
+
+def matching_dtypes(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Input and weights in one dtype: the wider one, so that fp32 adapters keep their precision on a half-precision model.
+
+    Under autocast everything is left as it is, since its operations do their own casting.
+    """
+    if all(weight.dtype == x.dtype for weight in weights) or torch.is_autocast_enabled(x.device.type):
+        return (x, *weights)
+    dtype = x.dtype
+    for weight in weights:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    return (x.to(dtype), *(weight.to(dtype) for weight in weights))
+
+
 def kept_by_dropout(shape: Sequence[int], share: float, device: torch.device) -> Tensor:
     """A mask that is False for a random share of its places.
 
@@ -216,7 +240,7 @@ class Adapter(nn.Module):
         delta, bias = self.delta_weight(weight_of(layer)) * self.multiplier, self.delta_bias()
         if bias is not None:
             bias = bias.to(x.device) * self.multiplier
-        x, delta = self.matching_dtypes(x, delta)
+        x, delta = matching_dtypes(x, delta)
         return self.spec.apply(x, delta, bias if bias is None else bias.to(delta.dtype))
 
     @property
@@ -255,7 +279,7 @@ class Adapter(nn.Module):
         It is what came, unless other hooks stand on the layer, which may have changed it; then it is computed again.
         """
         if len(layer._forward_hooks) > 1:
-            return self.spec.apply(x, weight_of(layer))
+            return apply_base(self.spec, layer, x)
         return output - self.spec.along_channels(layer.get_parameter("bias")) if self.spec.has_bias else output
 
     def drop_module(self, value: Tensor) -> Tensor:
@@ -263,19 +287,6 @@ class Adapter(nn.Module):
         if not (self.module_dropout and self.training):
             return value
         return value * kept_by_dropout((), self.module_dropout, value.device).to(value.dtype)
-
-    def matching_dtypes(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        """Input and weights in one dtype: the wider one, so that fp32 adapters keep their precision on a half-precision
-        model.
-
-        Under autocast everything is left as it is, since its operations do their own casting.
-        """
-        if all(weight.dtype == x.dtype for weight in weights) or torch.is_autocast_enabled(x.device.type):
-            return (x, *weights)
-        dtype = x.dtype
-        for weight in weights:
-            dtype = torch.promote_types(dtype, weight.dtype)
-        return (x.to(dtype), *(weight.to(dtype) for weight in weights))
 
     def begin_step(self, draw: float, largest_rank: int) -> None:
         """Take up the optimizer step's draw; for algorithms that choose by step.

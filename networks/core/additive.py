@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter, LayerSpec, kept_by_dropout, weight_of
+from networks.core.adapter import Adapter, LayerSpec, apply_base, kept_by_dropout, matching_dtypes, weight_of
 from networks.core.products import singular_values_of_product, svd, svd_of_product
 
 MagnitudeAxis = Literal["input", "output"]
@@ -117,7 +117,7 @@ class AdditiveAdapter(Adapter):
         return self._dense_own_effect(x, factor)
 
     def _dense_own_effect(self, x: Tensor, factor: float) -> Tensor:
-        x, delta = self.matching_dtypes(x, factor * self.own_delta())
+        x, delta = matching_dtypes(x, factor * self.own_delta())
         return self.spec.apply(x, delta)
 
     # What follows
@@ -166,8 +166,8 @@ class AdditiveAdapter(Adapter):
             own = self.own_effect(x, self.multiplier)
             return (ratio - 1) * self.multiplier * self.base_output(layer, x, output) + ratio * own
         ratio = self.spec.along_channels(ratio.flatten())
-        scaled, base = self.matching_dtypes(x * (ratio - 1) * self.multiplier, weight)
-        return self.spec.apply(scaled, base) + self.own_effect(x * ratio, self.multiplier)
+        own = self.own_effect(x * ratio, self.multiplier)
+        return apply_base(self.spec, layer, x * (ratio - 1) * self.multiplier) + own
 
     @property
     def reads_base(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter, LayerSpec
+from networks.core.adapter import Adapter, LayerSpec, matching_dtypes
 
 _WRITTEN_ALPHA = 2.0**10
 """The constraint of files that mean none; one that is larger still fits into fp16 up to `_LARGEST_ALPHA`."""
@@ -150,7 +150,7 @@ class RotationAdapter(Adapter):
 
     def effect(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """See `Adapter.effect`. The layer's output is rotated instead of its weight."""
-        values, turns = self.matching_dtypes(self.base_output(layer, x, output), self.turns())
+        values, turns = matching_dtypes(self.base_output(layer, x, output), self.turns())
         return self.multiplier * self._change(values, turns, self.spec.channel_axis)
 
     def scale_delta_(self, factor: Tensor) -> None:

@@ -120,6 +120,25 @@ def test_no_weight_is_kept_for_the_backward_pass(weight_format, layer_name):
     assert kept == []
 
 
+ON_WEIGHTS = [case for case in CASES if "linear" in case.layers]
+
+
+@every_format
+@pytest.mark.parametrize("case", ON_WEIGHTS, ids=str)
+@pytest.mark.parametrize("layer_name", ["linear", "conv 3x3"])
+def test_nor_by_an_adapter_on_the_layer(weight_format, case, layer_name):
+    layer, x = layer_and_input(layer_name)
+    holder = packed(layer, weight_format)
+    adapter = acting(new_adapter(case, layer)).train()
+    formed = holder.weight
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        attached(holder, adapter, x.requires_grad_())
+    assert not [
+        tensor for tensor in kept if tensor.numel() == formed.numel() and torch.equal(tensor.view_as(formed), formed)
+    ]
+
+
 @every_format
 def test_a_change_of_dtype_leaves_what_is_packed(weight_format):
     layer, x = layer_and_input("linear")
@@ -130,7 +149,7 @@ def test_a_change_of_dtype_leaves_what_is_packed(weight_format):
 
 
 @every_format
-@pytest.mark.parametrize("case", [case for case in CASES if "linear" in case.layers], ids=str)
+@pytest.mark.parametrize("case", ON_WEIGHTS, ids=str)
 @pytest.mark.parametrize("layer_name", ["linear", "conv 3x3"])
 def test_adapters_act_on_a_packed_layer_as_on_the_rounded_weight(weight_format, case, layer_name):
     layer, x = layer_and_input(layer_name)
@@ -178,6 +197,32 @@ def test_other_packages_may_make_layers_of_the_class():
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(x), layer(x))
     assert torch.equal(fresh.to(torch.float64).weight, layer.weight.double())
+
+
+def test_other_packages_may_take_the_weight_away():
+    layer, x = layer_and_input("linear")
+    holder = packed(layer, "nf4")
+    del holder.weight
+    holder.weight = nn.Parameter(layer.weight)
+    assert torch.equal(holder(x), layer(x))
+
+
+@every_format
+def test_weights_that_are_no_numbers_stay_none(weight_format):
+    layer = nn.Linear(64, 3)
+    layer.weight.data[0, 5], layer.weight.data[1, 5] = math.inf, math.nan
+    holder = packed(layer, weight_format)
+    assert not holder.weight[0, 5].isfinite()
+    assert not holder.weight[1, 5].isfinite()
+    assert holder.weight[2].isfinite().all()
+    assert not math.isfinite(summarise_packing(holder).error)
+
+
+def test_fp8_keeps_the_rest_of_a_row():
+    layer = nn.Linear(64, 1)
+    layer.weight.data[0, 5] = math.inf
+    weight = packed(layer, "fp8").weight
+    torch.testing.assert_close(weight[0, :5], layer.weight[0, :5], rtol=0.07, atol=1e-4)
 
 
 def test_every_kind_of_layer_of_the_cases_is_packed_or_a_norm():
