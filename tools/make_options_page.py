@@ -21,6 +21,8 @@ from library.cli.options import FLAG, Option, OptionGroup  # noqa: E402
 from library.cli.resize_images_options import RESIZE_IMAGES_OPTIONS  # noqa: E402
 from library.cli.show_metadata_options import SHOW_METADATA_OPTIONS  # noqa: E402
 from library.cli.training_options import TRAINING_OPTIONS  # noqa: E402
+from networks import check_lora_weights, convert_lora, extract_lora_from_dylora, resize_lora  # noqa: E402
+from tools import convert_diffusers20_original_sd  # noqa: E402
 
 SCRIPTS = {
     "train_network.py": TRAINING_OPTIONS,
@@ -31,6 +33,11 @@ SCRIPTS = {
     "networks/merge_lora.py": MERGE_LORA_OPTIONS,
     "networks/svd_merge_lora.py": SVD_MERGE_LORA_OPTIONS,
     "networks/extract_lora_from_models.py": EXTRACT_LORA_OPTIONS,
+    "networks/extract_lora_from_dylora.py": extract_lora_from_dylora.OPTIONS,
+    "networks/resize_lora.py": resize_lora.OPTIONS,
+    "networks/convert_lora.py": convert_lora.OPTIONS,
+    "networks/check_lora_weights.py": check_lora_weights.OPTIONS,
+    "tools/convert_diffusers20_original_sd.py": convert_diffusers20_original_sd.OPTIONS,
 }
 PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options

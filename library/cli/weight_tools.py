@@ -84,6 +84,8 @@ def place_problems(
             problems.append(UserError(what, where=given.where(name), remedy="name another place"))
         elif name in reports and place.suffix in FILE_SUFFIXES:
             problems.append(UserError("has the suffix of a tensor file", where=given.where(name), remedy="name another one"))
+        elif name == "plot" and place.suffix.lower() != ".png":
+            problems.append(UserError("is no name of a PNG file", where=given.where(name), remedy="let it end in .png"))
         elif name in reports:
             attempt(lambda place=place: check_writable(place), problems)  # type: ignore[misc]
         taken[found] = name

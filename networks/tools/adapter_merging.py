@@ -94,15 +94,13 @@ class Merged:
     """What was made of one layer; a change of the weight's size does not outlive it.
 
     Attributes:
-        tensors: as they are to be saved, not rounded yet.
-        dtype: to round them to.
+        dtype: to round its tensors to.
         norm: of the change that was wanted.
         cut: of what of that `meant` leaves out. What rounding moves is nearly orthogonal to it.
         meant: what the rounded tensors are measured against; None where they are rounded, and `cut` is all that is lost.
         values: singular values of the change that was wanted, as far as they were looked for; None where `meant` has all.
     """
 
-    tensors: LayerTensors
     dtype: torch.dtype
     norm: float
     cut: float
@@ -162,8 +160,8 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> ToolReport:
         base.check_family(family, f"--base {options.base}")
     report = AdapterReport()
     names, report.skipped = known_layers(sources, family, allow_unmatched=options.allow_unmatched)
-    _merge_layers(names, sources, base, options, report, progress)
-    layers = _saved_layers(options, report)
+    layers = _rounded(_merge_layers(names, sources, base, options, report, progress), options, report)
+    _measure(layers, report)
     tensors = flat(layers)
     with one_thread():
         save_tensors(target, tensors, None, _metadata(sources, layers, options))
@@ -200,8 +198,11 @@ def _merge_layers(
     options: AdapterMerge,
     report: AdapterReport,
     progress: Progress,
-) -> None:
+) -> dict[str, LayerTensors]:
     """Put what is made of each layer into the report.
+
+    Returns:
+        Layer -> its tensors as they are to be saved, not rounded yet.
 
     Raises:
         UserError: layers that depend on a base model that was not given, or do not fit together.
@@ -209,7 +210,9 @@ def _merge_layers(
     how = Arithmetic(method=options.method, dtype=getattr(torch, options.arithmetic), device=options.device)
     problems: dict[str, list[LayerError]] = {}
 
-    def work(name: str) -> Merged | LayerError | None:
+    layers: dict[str, LayerTensors] = {}
+
+    def work(name: str) -> tuple[LayerTensors, Merged] | LayerError | None:
         try:
             terms, dtype = _terms(name, sources, base, options)
             return _merged(wanted_change(terms, how), options.limit, dtype) if terms else None
@@ -222,42 +225,39 @@ def _merge_layers(
         elif made is None:
             report.empty.append(name)
         else:
-            report.merged[name] = made
+            layers[name], report.merged[name] = made
         progress(done, len(names))
     raise_all([_of_layers(errors) for errors in problems.values()])
+    return layers
 
 
-def _merged(change: Change, limit: RankLimit | None, dtype: torch.dtype) -> Merged:
+def _merged(change: Change, limit: RankLimit | None, dtype: torch.dtype) -> tuple[LayerTensors, Merged]:
     (on_device, values), norm = tensors_of(change, limit), change.norm()
     tensors, change = {key: value.cpu() for key, value in on_device.items()}, change.cpu()
     if change.product is not None:
-        return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=0.0, meant=change, values=values)
+        return tensors, Merged(dtype=dtype, norm=norm, cut=0.0, meant=change, values=values)
     if DOWN not in tensors:
         tensors = {key: rounded(value, dtype) for key, value in tensors.items()}
-        return Merged(
-            tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(written_change(tensors, change.spec)), meant=None
-        )
+        cut = change.distance(written_change(tensors, change.spec))
+        return tensors, Merged(dtype=dtype, norm=norm, cut=cut, meant=None)
     meant = written_change(tensors, change.spec)
-    return Merged(tensors=tensors, dtype=dtype, norm=norm, cut=change.distance(meant), meant=meant, values=values)
+    return tensors, Merged(dtype=dtype, norm=norm, cut=change.distance(meant), meant=meant, values=values)
 
 
-def _saved_layers(options: AdapterMerge, report: AdapterReport) -> dict[str, LayerTensors]:
-    """Layer -> its tensors as the file holds them, measured.
+def _rounded(merged: Mapping[str, LayerTensors], options: AdapterMerge, report: AdapterReport) -> dict[str, LayerTensors]:
+    """Layer -> its tensors as the file holds them.
 
     Raises:
         UserError: there is none.
     """
-    merged = report.merged
     if not merged:
         raise UserError("nothing is left to write", where="--ratios", remedy="give ratios that are not all 0")
-    layers = {name: shuffled(name, layer.tensors) if options.shuffle else layer.tensors for name, layer in merged.items()}
+    layers = {name: shuffled(name, tensors) if options.shuffle else tensors for name, tensors in merged.items()}
     with one_thread():
-        layers = {
-            name: {key: rounded(each, merged[name].dtype) for key, each in own.items()}
+        return {
+            name: {key: rounded(each, report.merged[name].dtype) for key, each in own.items()}
             for name, own in with_one_alpha(layers).items()
         }
-    _measure(layers, report)
-    return layers
 
 
 def _of_layers(errors: Sequence[LayerError]) -> UserError:

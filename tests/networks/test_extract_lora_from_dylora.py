@@ -191,11 +191,12 @@ def test_a_report_takes_the_place_of_no_file(trained, tmp_path, capsys):
     from tests.support.command_lines import Finished
 
     _, path = trained
-    for place, sentence in {
-        path: "is one of the inputs",
-        tmp_path / "split-0004.safetensors": "has the suffix of a tensor file",
-    }.items():
-        command = ["--model", path, "--save_to", tmp_path / "split.safetensors", "--unit", 4, "--report", place]
+    for option, place, sentence in [
+        ("--report", path, "is one of the inputs"),
+        ("--report", tmp_path / "split-0004.safetensors", "has the suffix of a tensor file"),
+        ("--plot", tmp_path / "split.jpg", "is no name of a PNG file; let it end in .png"),
+    ]:
+        command = ["--model", path, "--save_to", tmp_path / "split.safetensors", "--unit", 4, option, place]
         status = run_door("extract_lora_from_dylora", work, list(map(str, command)))
         captured = capsys.readouterr()
         assert_refused(Finished(status, captured.out, captured.err), sentence)
