@@ -42,7 +42,7 @@ class _Fp8Values:
         finite = rows.isfinite()
         # Rows then reach to 256 of the format's 448. The least scale is the least number of fp16.
         exponents = torch.frexp(rows.abs().where(finite, 0).amax(dim=1, keepdim=True)).exponent.clamp(min=-16) - 8
-        scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+        scales = ((exponents + 127) << 23).view(torch.float32)  # by their bits: `pow` of some devices is not exact
         # The format has no infinity, and would make a number of it.
         self._codes = (rows / scales).where(finite, torch.nan).to(torch.float8_e4m3fn)
         self._scales = scales.to(dtype)
@@ -142,6 +142,8 @@ class PackedLayer(nn.Module):
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The output less the bias, in the wider dtype of input and weight where there is no autocast."""
+        if self._values is None:
+            return self.operation(x, self.weight, None)
         dtype = self.weight_dtype
         if not torch.is_autocast_enabled(x.device.type):
             dtype = torch.promote_types(dtype, x.dtype)
