@@ -55,14 +55,15 @@ def measure(settings: argparse.Namespace) -> dict[str, float]:
         "encoder_hidden_states": torch.randn(1, 77, unet.config["cross_attention_dim"], device=device, dtype=dtype)
     }
     if base.family.size_conditions:
-        pooled = torch.randn(1, 1280, device=device, dtype=dtype)
+        sizes = len(base.family.size_conditions) * unet.config["addition_time_embed_dim"]
+        width = unet.config["projection_class_embeddings_input_dim"] - sizes
+        pooled = torch.randn(1, width, device=device, dtype=dtype)
         condition["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.full((1, 6), 1024.0, device=device)}
     for _ in range(2):
         start = time.perf_counter()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            unet(rows, torch.tensor([500], device=device), return_dict=False, **condition)[
-                0
-            ].float().square().mean().backward()
+            predicted = unet(rows, torch.tensor([500], device=device), **condition).sample
+        predicted.float().square().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         result["step"] = time.perf_counter() - start

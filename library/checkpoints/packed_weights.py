@@ -28,7 +28,7 @@ class _PackedValues(Protocol):
 
     def unpacked(self) -> Tensor: ...
 
-    def moved(self, device: torch.device) -> Self: ...
+    def move(self, device: torch.device) -> None: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -51,9 +51,8 @@ class _Fp8Values:
     def unpacked(self) -> Tensor:
         return (self._codes.to(self._scales.dtype) * self._scales).view(self._shape)
 
-    def moved(self, device: torch.device) -> Self:
+    def move(self, device: torch.device) -> None:
         self._codes, self._scales = self._codes.to(device), self._scales.to(device)
-        return self
 
     @property
     def nbytes(self) -> int:
@@ -76,10 +75,9 @@ class _Nf4Values:
 
         return functional.dequantize_4bit(self._codes, self._state).view(self._shape)
 
-    def moved(self, device: torch.device) -> Self:
+    def move(self, device: torch.device) -> None:
         self._codes = self._codes.to(device)
         self._state.to(device)
-        return self
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +160,7 @@ class PackedLayer(nn.Module):
         """Follow to another device; the dtype stays that which the weight was packed for."""
         super()._apply(fn, recurse)
         if self._values is not None:
-            self._values = self._values.moved(fn(self.squared_norm).device)
+            self._values.move(fn(self.squared_norm).device)
         return self
 
 

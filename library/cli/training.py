@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.cli.key_values import key_literals, key_values
 from library.cli.no_effect import options_without_effect
@@ -20,6 +20,7 @@ from library.cli.training_options import TRAINING_OPTIONS
 from library.errors import UserError, attempt, raise_all
 from library.generation.samplers import canonical
 from library.training.options import (
+    FORMAT_OPTIONS,
     BaseModelOptions,
     CaptionEncodingOptions,
     ComputeOptions,
@@ -32,9 +33,6 @@ from library.training.options import (
     ScheduleOptions,
     TrainingOptions,
 )
-
-if TYPE_CHECKING:
-    from library.checkpoints.packed_weights import WeightFormat
 
 DESCRIPTION = "Train a LoRA-type adapter for Stable Diffusion 1.x, 2.x or XL."
 REQUIRED = {
@@ -147,7 +145,8 @@ def _contradictions(parsed: ParsedOptions) -> list[UserError]:
         "give one of the two",
     )
     in_8_bits, in_4_bits = (
-        " ".join(f"--{name}" for name in (f"{each}_base", f"{each}_base_unet") if parsed[name]) for each in ("fp8", "nf4")
+        " ".join(f"--{name}" for name, (kept_in, _) in FORMAT_OPTIONS.items() if kept_in == each and parsed[name])
+        for each in ("fp8", "nf4")
     )
     refuse(
         in_8_bits and in_4_bits,
@@ -280,22 +279,11 @@ def _length(parsed: ParsedOptions) -> LengthOptions:
 def _compute(parsed: ParsedOptions) -> ComputeOptions:
     return ComputeOptions(
         mixed_precision=parsed["mixed_precision"],
-        unet_format=_weight_format(parsed),
-        text_encoder_format=_weight_format(parsed, text_encoders=True),
+        format_option=next((name for name in FORMAT_OPTIONS if parsed[name]), None),
         gradient_checkpointing=parsed["gradient_checkpointing"],
         xformers=parsed["xformers"],
         data_workers=parsed["max_data_loader_n_workers"],
     )
-
-
-def _weight_format(parsed: ParsedOptions, *, text_encoders: bool = False) -> WeightFormat | None:
-    """What the U-Net's weights, or those of the text encoders, are kept in; with both options it is the U-Net's alone, as
-    in sd-scripts."""
-    formats: tuple[WeightFormat, ...] = ("fp8", "nf4")
-    for each in formats:
-        if parsed[f"{each}_base"] or parsed[f"{each}_base_unet"]:
-            return None if text_encoders and parsed[f"{each}_base_unet"] else each
-    return None
 
 
 def _saving(parsed: ParsedOptions) -> SavingOptions:

@@ -153,7 +153,7 @@ class GenerationOptions:
         program: the script's name, for sentences about what is left out.
     """
 
-    program: str = "gen_img_diffusers"
+    program: str
     model: ModelOptions
     pictures: PictureOptions
     output: OutputOptions

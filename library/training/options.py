@@ -109,25 +109,35 @@ class ComputeOptions:
     """Precision, memory and the machine.
 
     Attributes:
-        unet_format, text_encoder_format: what the frozen weights are kept in; None for the dtype of the arithmetic.
+        format_option: the one of `FORMAT_OPTIONS` that counts; None for weights in the dtype of the arithmetic.
     """
 
     mixed_precision: str = "no"
-    unet_format: WeightFormat | None = None
-    text_encoder_format: WeightFormat | None = None
+    format_option: str | None = None
     gradient_checkpointing: bool = False
     xformers: bool = False
     data_workers: int = 8
 
     @property
-    def format_option(self) -> str | None:
-        """The one of `FORMAT_OPTIONS` that says the formats."""
-        if self.unet_format is None:
-            return None
-        return f"{self.unet_format}_base" if self.text_encoder_format else f"{self.unet_format}_base_unet"
+    def unet_format(self) -> WeightFormat | None:
+        """What the U-Net's frozen weights are kept in; None for the dtype of the arithmetic."""
+        return None if self.format_option is None else FORMAT_OPTIONS[self.format_option][0]
+
+    @property
+    def text_encoder_format(self) -> WeightFormat | None:
+        """The same of the text encoders."""
+        weight_format, text_encoders = FORMAT_OPTIONS.get(self.format_option or "", (None, False))
+        return weight_format if text_encoders else None
 
 
-FORMAT_OPTIONS = ("fp8_base", "fp8_base_unet", "nf4_base", "nf4_base_unet")
+FORMAT_OPTIONS: Mapping[str, tuple[WeightFormat, bool]] = {
+    "fp8_base_unet": ("fp8", False),
+    "fp8_base": ("fp8", True),
+    "nf4_base_unet": ("nf4", False),
+    "nf4_base": ("nf4", True),
+}
+"""Option -> what weights are kept in, and whether those of the text encoders are. The first that is given counts, as in
+sd-scripts."""
 
 
 @dataclass(frozen=True, kw_only=True)

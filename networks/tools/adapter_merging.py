@@ -160,7 +160,7 @@ def merge_adapters(options: AdapterMerge, *, progress: Progress) -> ToolReport:
         base.check_family(family, f"--base {options.base}")
     report = AdapterReport()
     names, report.skipped = known_layers(sources, family, allow_unmatched=options.allow_unmatched)
-    layers = _rounded(_merge_layers(names, sources, base, options, report, progress), options, report)
+    layers = _rounded_layers(_merge_layers(names, sources, base, options, report, progress), options, report)
     _measure(layers, report)
     tensors = flat(layers)
     with one_thread():
@@ -244,7 +244,9 @@ def _merged(change: Change, limit: RankLimit | None, dtype: torch.dtype) -> tupl
     return tensors, Merged(dtype=dtype, norm=norm, cut=change.distance(meant), meant=meant, values=values)
 
 
-def _rounded(merged: Mapping[str, LayerTensors], options: AdapterMerge, report: AdapterReport) -> dict[str, LayerTensors]:
+def _rounded_layers(
+    merged: Mapping[str, LayerTensors], options: AdapterMerge, report: AdapterReport
+) -> dict[str, LayerTensors]:
     """Layer -> its tensors as the file holds them.
 
     Raises:

@@ -52,6 +52,7 @@ class CheckpointMerge:
         arithmetic: torch's name of the type in which weights and changes are added.
         saved: torch's name of the type to save in; None for each tensor's own.
         v2: whether the user says that all is SD2.
+        family: name of the only one whose models and adapters are taken; None takes all.
         allow_unmatched: go on without layers that the base has not.
         with_metadata: write ModelSpec's fields.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from library.checkpoints.base_model import open_base_model
 from library.checkpoints.packed_weights import PackedLayer, check_weight_format, make_packable, summarise_packing
 from library.errors import UserError
-from tests.networks.cases import CASES, LAYERS, acting, attached, layer_and_input, new_adapter
+from tests.networks.cases import CASES, acting, attached, layer_and_input, new_adapter
 
 FORMATS = ["fp8", "nf4"]
 every_format = pytest.mark.parametrize("weight_format", FORMATS)
@@ -33,6 +34,14 @@ def rounded(layer: nn.Module, holder: PackedLayer) -> nn.Module:
     result = copy.deepcopy(layer)
     result.get_parameter("weight").data = holder.weight
     return result
+
+
+def kept_for_backward(forward: Callable[[], Tensor]) -> list[Tensor]:
+    """What autograd keeps of a forward pass."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        forward()
+    return kept
 
 
 def output_and_gradient(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,10 +123,8 @@ def test_nf4_is_that_of_bitsandbytes():
 @every_layer
 def test_no_weight_is_kept_for_the_backward_pass(weight_format, layer_name):
     layer, x = layer_and_input(layer_name)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        packed(layer, weight_format)(x.requires_grad_())
-    assert kept == []
+    holder = packed(layer, weight_format)
+    assert kept_for_backward(lambda: holder(x.requires_grad_())) == []
 
 
 ON_WEIGHTS = [case for case in CASES if "linear" in case.layers]
@@ -131,9 +138,7 @@ def test_nor_by_an_adapter_on_the_layer(weight_format, case, layer_name):
     holder = packed(layer, weight_format)
     adapter = acting(new_adapter(case, layer)).train()
     formed = holder.weight.flatten().sort().values
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        attached(holder, adapter, x.requires_grad_())
+    kept = kept_for_backward(lambda: attached(holder, adapter, x.requires_grad_()))
     alike = [tensor for tensor in kept if tensor.numel() == formed.numel()]
     assert not [tensor for tensor in alike if torch.equal(tensor.flatten().sort().values, formed)]
 
@@ -223,11 +228,6 @@ def test_fp8_keeps_the_rest_of_a_row():
     layer.weight.data[0, 5] = math.inf
     weight = packed(layer, "fp8").weight
     torch.testing.assert_close(weight[0, :5], layer.weight[0, :5], rtol=0.07, atol=1e-4)
-
-
-def test_every_kind_of_layer_of_the_cases_is_packed_or_a_norm():
-    kinds = {name: type(make()) for name, (make, _) in LAYERS.items()}
-    assert {kind for name, kind in kinds.items() if "norm" not in name} == {nn.Linear, nn.Conv2d}
 
 
 def test_a_format_that_does_not_work_is_told(monkeypatch):
